@@ -1,0 +1,1 @@
+"""Configuration groups; see train.yaml for the whole."""

@@ -1,0 +1,212 @@
+"""What a balancer is, and the one place that shields it from rows that are not ordinary."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from mtl_jax.balancing.rows import combine_rows, gramian, num_rows, row_dtype
+from mtl_jax.errors import ConfigError
+
+# A row this much shorter than the longest one (1e-8, squared) carries no direction in float32.
+NULL_SQUARED = 1e-16
+
+
+@runtime_checkable
+class TaskLike(Protocol):
+    """The two things that a balancer may ask a task for; :class:`mtl_jax.tasks.Task` has them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+class NoState(NamedTuple):
+    """State of a balancer that remembers nothing."""
+
+
+class Balancer:
+    r"""Base of all methods: weights :math:`w` so that shared parameters receive :math:`d = \sum_i w_i g_i`.
+
+    A method is a frozen dataclass registered as a pytree: numeric hyperparameters are leaves, so that a run axis can
+    map them, modes are static. Besides the attributes below it defines::
+
+        weigh(gramian f[T, T] | None, losses f[T], state, key, *, active bool[T] | None = None) -> (weights f[T], state)
+
+    which gives inactive tasks weight 0, reads none of their entries, keeps their entries of the state, and counts only
+    active tasks where its formula has their number. Call it through :func:`weigh`.
+
+    Attributes:
+      needs: ``losses`` or ``gramian``: what has to be computed before ``weigh``; the other one may be absent.
+      reads_losses: Whether the values of the losses matter.
+      stochastic: Whether ``weigh`` draws from its key; otherwise the key may be None.
+      min_tasks: Fewest tasks that the method is defined for.
+      num_batches: Independent batches a step needs.
+      homogeneity: h in :math:`d(sJ) = s^h d(J)` for s > 0; None where there is none.
+      weighted_heads: What ``head_gradient: auto`` gives a task's own parameters: its gradient times its weight (True),
+        as where the method descends :math:`\sum_i w_i L_i`, or its plain gradient (False).
+    """
+
+    needs: ClassVar[str]
+    reads_losses: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
+    min_tasks: ClassVar[int] = 1
+    num_batches: ClassVar[int] = 1
+    homogeneity: ClassVar[float | None] = 1
+    weighted_heads: ClassVar[bool] = False
+
+    def init(self, num_tasks: int, params: PyTree | None = None) -> Any:
+        """State before the first step; ``params`` is a template of the shared parameters."""
+        return NoState()
+
+    def for_tasks(self, tasks: Sequence[TaskLike]) -> "Balancer":
+        """The same method with what it takes from the tasks' names and kinds filled in.
+
+        Raises:
+          ConfigError: The tasks are too few, or a per-task option does not fit them.
+        """
+        check_num_tasks(self, len(tasks))
+        return self
+
+
+def weigh(
+    balancer: Balancer,
+    gramian: Float[Array, "task task"] | None,
+    losses: Float[Array, " task"],
+    state: Any,
+    key: PRNGKeyArray | None,
+    active: Bool[Array, " task"] | None = None,
+) -> tuple[Float[Array, " task"], Any, dict[str, Array]]:
+    """Weights of one step, whatever the rows are; no gradient flows through them.
+
+    Args:
+      balancer: The method.
+      gramian: Inner products of the task gradients in the chosen scope; None for a method that needs losses only.
+      losses: One value a task.
+      state: From ``balancer.init`` or the previous call.
+      key: Key of this step; None for a method that is not stochastic.
+      active: Tasks with observed labels in this batch; None means all.
+
+    Returns:
+      The weights, the state, and ``info``: ``null_rows`` (int32, active tasks without a gradient) and ``nonfinite``
+      (bool, the step is to be skipped).
+
+    Edge cases:
+      ================================================== ==============================================
+      inactive task                                      weight 0, its entries never reach the method
+      gradient at most 1e-8 of the longest (Gramian)     as inactive, counted in ``null_rows``
+      no task left                                       weights 0, state kept
+      non-finite loss, Gramian entry or resulting weight weights 0, state kept, ``nonfinite``
+      ================================================== ==============================================
+    """
+    active = jnp.ones(losses.shape, bool) if active is None else active
+    losses = jax.lax.stop_gradient(jnp.where(active, losses, 0))
+    finite = jnp.all(jnp.isfinite(losses))
+    null = jnp.zeros(losses.shape, bool)
+    if gramian is not None:
+        gramian = jax.lax.stop_gradient(only_active(gramian, active))
+        finite &= jnp.all(jnp.isfinite(gramian))
+        if balancer.needs == "gramian":
+            squared_norms = jnp.diagonal(gramian)
+            null = active & (squared_norms <= NULL_SQUARED * jnp.max(squared_norms))
+            gramian = only_active(gramian, ~null & finite)
+    # A step with a non-finite entry is one without tasks: no method has to cope with NaN.
+    usable = active & ~null & finite
+    weights, new_state = balancer.weigh(gramian, jnp.where(usable, losses, 0), state, key, active=usable)
+    weights = jax.lax.stop_gradient(jnp.where(usable, weights, 0))
+    finite &= jnp.all(jnp.isfinite(weights))
+    keep = ~finite | ~jnp.any(usable)
+    weights = jnp.where(keep, 0, weights)
+    state = jax.tree.map(lambda old, new: jnp.where(keep, old, jax.lax.stop_gradient(new)), state, new_state)
+    return weights, state, {"null_rows": jnp.sum(null, dtype=jnp.int32), "nonfinite": ~finite}
+
+
+def aggregate(
+    balancer: Balancer,
+    jacobian: PyTree[Float[Array, "task ..."]],
+    state: Any,
+    *,
+    losses: Float[Array, " task"] | Sequence[float] | None = None,
+    key: PRNGKeyArray | None = None,
+    active: Bool[Array, " task"] | Sequence[bool] | None = None,
+) -> tuple[PyTree[Float[Array, "..."]], Any]:
+    r"""One direction from the gradients of all tasks: :math:`d = \sum_i w_i g_i`.
+
+    Args:
+      balancer: The method.
+      jacobian: Task gradients, f[T, P], or a pytree of parameters with a leading task axis.
+      state: From ``balancer.init(T)`` or the previous call.
+      losses: One value a task, for methods that read them.
+      key: For stochastic methods; a new one each step.
+      active: Tasks with observed labels in this batch; None means all.
+
+    Returns:
+      The direction, shaped and typed like ``jacobian`` without its task axis, and the state of the next step.
+
+    Raises:
+      ConfigError: Losses or key are missing, or a shape does not fit the number of tasks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.balancing import aggregate, equal
+      >>> jacobian = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.array([5.0, 6.0])}
+      >>> direction, _ = aggregate(equal(), jacobian, equal().init(2))
+      >>> print(direction["kernel"], direction["bias"])
+      [4. 6.] 11.0
+    """
+    num_tasks = num_rows(jacobian)
+    check_num_tasks(balancer, num_tasks)
+    losses = _losses(balancer, losses, num_tasks, row_dtype(jacobian))
+    if balancer.stochastic and key is None:
+        raise ConfigError(
+            f"{_name(balancer)} draws from a key and got None. Pass key=jax.random.key(...), new each step"
+        )
+    if active is not None:
+        active = jnp.asarray(active, bool)
+        _check_per_task("active", active, num_tasks)
+    products = gramian(jacobian) if balancer.needs == "gramian" else None
+    weights, state, _ = weigh(balancer, products, losses, state, key, active)
+    return combine_rows(weights, jacobian), state
+
+
+def only_active(gramian: Float[Array, "task task"], active: Bool[Array, " task"] | None) -> Float[Array, "task task"]:
+    """The Gramian with the rows and columns of inactive tasks set to 0."""
+    return gramian if active is None else jnp.where(active[:, None] & active, gramian, 0)
+
+
+def num_active(active: Bool[Array, " task"] | None, num_tasks: int) -> int | Int[Array, ""]:
+    """The number of tasks that a formula counts, at least 1."""
+    return num_tasks if active is None else jnp.maximum(jnp.sum(active), 1)
+
+
+def check_num_tasks(balancer: Balancer, num_tasks: int) -> None:
+    """Raises a ConfigError where the method is not defined for so few tasks."""
+    if num_tasks < balancer.min_tasks:
+        expectation = f"got {num_tasks} tasks; expected at least {balancer.min_tasks}"
+        raise ConfigError(f"{_name(balancer)} {expectation}. Add tasks or choose another balancing")
+
+
+def _losses(balancer, losses, num_tasks, dtype):
+    if losses is None:
+        if balancer.reads_losses:
+            raise ConfigError(f"{_name(balancer)} reads the loss of each task and got None. Pass losses=, one per task")
+        return jnp.zeros(num_tasks, dtype)
+    losses = jnp.asarray(losses)
+    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    _check_per_task("losses", losses, num_tasks)
+    return losses
+
+
+def _check_per_task(name, value, num_tasks):
+    if value.shape != (num_tasks,):
+        raise ConfigError(
+            f"{name} has shape {value.shape}; expected ({num_tasks},), one value per task of the jacobian"
+        )
+
+
+def _name(balancer):
+    return f"balancer '{type(balancer).__name__}'"

@@ -1,0 +1,73 @@
+"""Task gradients as rows of a Jacobian that is never laid out flat: inner products and weighted sums."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from mtl_jax.errors import ConfigError
+
+
+def gramian(jacobian: PyTree[Float[Array, "task ..."]]) -> Float[Array, "task task"]:
+    r"""Inner products of the task gradients, :math:`G = J J^\top`, summed leaf by leaf.
+
+    Args:
+      jacobian: f[T, P] or a pytree of leaves with a leading task axis, in any float type.
+
+    Returns:
+      G, accumulated in float32, or in float64 where a leaf has it. The full precision of float32 is asked for: the
+      default of some accelerators keeps three digits, and a conflict is a small difference of large products.
+    """
+    num_tasks = num_rows(jacobian)
+    rows = [leaf.reshape(num_tasks, -1) for leaf in jax.tree.leaves(jacobian)]
+    return functools.reduce(jnp.add, map(_products, rows))
+
+
+def combine_rows(
+    weights: Float[Array, " task"], jacobian: PyTree[Float[Array, "task ..."]]
+) -> PyTree[Float[Array, "..."]]:
+    r"""The weighted sum of the task gradients, :math:`\sum_i w_i g_i`, leaf by leaf in the type of the leaf.
+
+    A row of weight 0 is absent: whatever it holds, NaN included, it leaves the sum alone.
+    """
+    num_tasks = num_rows(jacobian)
+
+    def combine(leaf):
+        dtype = _accumulator(leaf)
+        # Unrolled, this is one fused pass over the rows. A reduction over the task axis is much slower on a CPU, and a
+        # matrix product lets the NaN of an absent row through.
+        terms = (jnp.where(weights[i] == 0, 0, weights[i].astype(dtype) * leaf[i]) for i in range(num_tasks))
+        return functools.reduce(jnp.add, terms).astype(leaf.dtype)
+
+    return jax.tree.map(combine, jacobian)
+
+
+def num_rows(jacobian: PyTree[Float[Array, "task ..."]]) -> int:
+    """T, the size of the task axis that all leaves lead with.
+
+    Raises:
+      ConfigError: There is no leaf, or the leaves disagree.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(jacobian)]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    if len(sizes) != 1 or None in sizes:
+        expectation = "expected at least one leaf, all with one leading task axis"
+        raise ConfigError(
+            f"the jacobian has leaves of shapes {shapes}; {expectation}. Stack the gradients of the tasks"
+        )
+    return sizes.pop()
+
+
+def row_dtype(jacobian: PyTree[Float[Array, "task ..."]]) -> jnp.dtype:
+    """The type in which inner products of the rows are accumulated."""
+    return jnp.result_type(*(_accumulator(leaf) for leaf in jax.tree.leaves(jacobian)))
+
+
+def _products(rows):
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(rows, rows.T, precision=highest, preferred_element_type=_accumulator(rows))
+
+
+def _accumulator(leaf):
+    return jnp.promote_types(leaf.dtype, jnp.float32)

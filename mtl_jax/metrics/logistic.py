@@ -1,0 +1,179 @@
+"""The linear baseline: logistic, softmax or ridge regression on the encoded features."""
+
+from typing import Any
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+
+from mtl_jax.metrics.tasks import evaluate_task, task_row_weights
+from mtl_jax.tasks import Task
+
+# λ of the penalty ½λ|w|² beside the *sum* of the row losses, strongest first.
+PENALTIES = (300.0, 30.0, 3.0, 0.3)
+HASH_BUCKETS = 2**18
+MAX_ROWS = 1_000_000
+
+
+def logistic(training: Any, part: Any, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Outputs of a linear model per task, its penalty chosen on the validation part (log loss; rmse for regression).
+
+    Features: the dense columns of ``schema.logistic_features`` where it names some, else all dense columns and the
+    categorical ids, hashed and one-hot.
+
+    Args:
+      training: A ``TrainingData``.
+      part: The ``Encoded`` rows to predict.
+      seed: Draws the training rows where there are more than a million.
+
+    Returns:
+      Task -> logits [N], class scores [N, C] (log-probabilities) or standardised predictions [N].
+    """
+    rows = np.arange(training.train.num_rows)
+    if rows.size > MAX_ROWS:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_ROWS, replace=False))
+    columns = _Columns(training.schema, training.train, rows)
+    train, valid = columns.of(training.train, rows), columns.of(training.valid)
+    scored = valid if part is training.valid else columns.of(part)
+    return {task.name: _best(task, training, rows, train, valid, scored) for task in training.schema.tasks}
+
+
+def fit_linear(
+    kind: str,
+    features: np.ndarray | scipy.sparse.csr_matrix,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    penalty: float,
+    *,
+    start: np.ndarray | None = None,
+    tolerance: float = 1e-8,
+) -> np.ndarray:
+    r"""Minimises :math:`\sum_i s_i \ell(b + w^\top x_i, y_i) + \tfrac12 \lambda \lVert w \rVert^2` by L-BFGS.
+
+    Each coefficient is scaled by the square root of its curvature at the constant predictor. One-hot columns differ in
+    frequency by orders of magnitude, and without the scaling rare ones would need hundreds of iterations.
+
+    Args:
+      kind: ``binary``, ``multiclass`` or ``regression`` (there the loss is ½(a - y)²).
+      features: [N, D].
+      targets: [N, K]; one-hot for ``multiclass``, else K = 1.
+      weights: [N], s.
+      penalty: λ; the intercept is free.
+      start: Coefficients to start from; None: the constant predictor.
+      tolerance: Relative decrease of the objective at which to stop.
+
+    Returns:
+      [1 + D, K]: the intercepts, then the coefficients.
+    """
+    total = weights.sum()
+    rates = weights @ targets / total
+    if start is None:
+        start = np.zeros((1 + features.shape[1], targets.shape[1]))
+        start[0] = _constant_scores(kind, rates)
+    curvature = np.ones_like(rates) if kind == "regression" else np.maximum(rates * (1 - rates), 1e-7)
+    squares = features.multiply(features) if scipy.sparse.issparse(features) else features**2
+    scale = np.sqrt(np.concatenate([[total], squares.T @ weights + penalty])[:, None] * curvature / total)
+
+    def objective(flat):
+        coefficients = flat.reshape(start.shape) / scale
+        losses, residuals = _losses(kind, coefficients[0] + features @ coefficients[1:], targets)
+        residuals *= weights[:, None] / total
+        gradient = np.concatenate([residuals.sum(axis=0)[None], features.T @ residuals])
+        gradient[1:] += penalty / total * coefficients[1:]
+        value = weights @ losses / total + penalty / (2 * total) * np.square(coefficients[1:]).sum()
+        return value, (gradient / scale).ravel()
+
+    solution = scipy.optimize.minimize(
+        objective,
+        (start * scale).ravel(),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 200, "ftol": tolerance, "gtol": 1e-10},
+    )
+    return solution.x.reshape(start.shape) / scale
+
+
+def _best(task: Task, training, rows, train, valid, scored) -> np.ndarray:
+    """Outputs under the best penalty; weaker ones are no longer tried once the validation loss gets worse."""
+    weights = task_row_weights(training.train, task)[rows]
+    used = np.flatnonzero(np.asarray(training.train.mask[task.name], bool)[rows] & (weights > 0))
+    features, weights, labels = train[used], weights[used], training.train.labels[task.name][rows][used]
+    one_hot = task.kind == "multiclass"
+    targets = (labels[:, None] == np.arange(task.width) if one_hot else labels[:, None]).astype(np.float64)
+    best, outputs, coefficients = np.inf, None, None
+    for penalty in PENALTIES:
+        coefficients = fit_linear(task.kind, features, targets, weights, penalty, start=coefficients)
+        loss = _validation_loss(task, training.valid, _outputs(task, coefficients, valid))
+        if outputs is not None and not loss < best:
+            break
+        best, outputs = loss, _outputs(task, coefficients, scored)
+    return outputs
+
+
+def _outputs(task: Task, coefficients: np.ndarray, features) -> np.ndarray:
+    scores = coefficients[0] + features @ coefficients[1:]
+    if task.kind != "multiclass":
+        return scores[:, 0]
+    scores = scores - scores.max(axis=1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+
+
+def _validation_loss(task: Task, valid, outputs) -> float:
+    metrics, _ = evaluate_task(
+        task, outputs, valid.labels[task.name], valid.mask[task.name], weight=task_row_weights(valid, task)
+    )
+    loss = metrics["rmse" if task.kind == "regression" else "logloss"]
+    return np.inf if loss is None else loss
+
+
+def _constant_scores(kind: str, rates: np.ndarray) -> np.ndarray:
+    if kind == "regression":
+        return rates
+    rates = np.clip(rates, 1e-7, 1 - 1e-7)
+    return np.log(rates) if kind == "multiclass" else np.log(rates) - np.log1p(-rates)
+
+
+def _losses(kind: str, scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [N] and their derivatives [N, K] by the scores."""
+    if kind == "regression":
+        residuals = scores - targets
+        return np.square(residuals).sum(axis=1) / 2, residuals
+    if kind == "binary":
+        decay = np.exp(-np.abs(scores))
+        losses = np.maximum(scores, 0) + np.log1p(decay) - targets * scores
+        return losses[:, 0], np.where(scores >= 0, 1, decay) / (1 + decay) - targets
+    scores = scores - scores.max(axis=1, keepdims=True)
+    exponentials = np.exp(scores)
+    sums = exponentials.sum(axis=1, keepdims=True)
+    return np.log(sums[:, 0]) - (targets * scores).sum(axis=1), exponentials / sums - targets
+
+
+class _Columns:
+    """Which columns of a part are features, dense or sparse; fitted on the training rows."""
+
+    def __init__(self, schema, train, rows):
+        names = list(schema.dense_names)
+        self.dense = [names.index(name) for name in schema.logistic_features or names]
+        self.sparse = not schema.logistic_features and train.ids.shape[1] > 0
+        # Only buckets that train fills become columns, so that the width follows the data.
+        self.buckets = np.unique(_hashed(train.ids[rows])) if self.sparse else None
+
+    def of(self, part, rows=slice(None)):
+        dense = part.dense[rows][:, self.dense].astype(np.float64)
+        if not self.sparse:
+            return dense
+        hashed = _hashed(part.ids[rows])
+        position = np.minimum(np.searchsorted(self.buckets, hashed), self.buckets.size - 1).astype(np.int32)
+        known = (self.buckets[position] == hashed).astype(np.float64)
+        starts = np.arange(hashed.shape[0] + 1) * hashed.shape[1]
+        shape = (hashed.shape[0], self.buckets.size)
+        one_hot = scipy.sparse.csr_matrix((known.ravel(), position.ravel(), starts), shape)
+        return scipy.sparse.hstack([scipy.sparse.csr_matrix(dense), one_hot], format="csr")
+
+
+def _hashed(ids: np.ndarray) -> np.ndarray:
+    """Buckets int64[N, F] of the pairs (feature, id), the same on every machine."""
+    feature = np.arange(ids.shape[1], dtype=np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F)
+    mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) ^ feature
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+    return (mixed >> np.uint64(40)).astype(np.int64) % HASH_BUCKETS

@@ -1,0 +1,62 @@
+"""A bank of experts, evaluated together."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mtl_jax.nn.context import Context
+from mtl_jax.nn.mlp import check_rate, dropout
+
+
+class Experts(nnx.Module):
+    r"""E independent MLPs of one shape, with stacked weights.
+
+    .. math::
+        h_e^{l} = \operatorname{ReLU}(h_e^{l-1} W_e^l + b_e^l), \qquad h_e^0 = x
+
+    The expert axis leads: on CPU a batch-major layout costs 1.5 to 2 times the step.
+
+    Args:
+      in_features: Width of x.
+      units: Layer widths of every expert.
+      num_experts: E.
+      dropout: Rate after each layer, in [0, 1).
+      rngs: Initialisation; each expert has the fan-in of one expert (Glorot-uniform).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        units: Sequence[int],
+        *,
+        num_experts: int,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        widths = (in_features, *units)
+        self.out_features = widths[-1]
+        self.num_experts = num_experts
+        self.dropout = check_rate(dropout)
+        self.layers = nnx.List(
+            [StackedLinear(num_experts, i, o, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        )
+
+    def __call__(self, x: Float[Array, "batch in"], context: Context = Context()) -> Float[Array, "expert batch out"]:
+        for index, layer in enumerate(self.layers):
+            x = dropout(nnx.relu(layer(x)), self.dropout, context.stream(f"layer {index}"))
+        return x
+
+
+class StackedLinear(nnx.Module):
+    """E linear layers. The input is common to all (``[batch, in]``) or one each (``[expert, batch, in]``)."""
+
+    def __init__(self, num_stacks: int, in_features: int, out_features: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.glorot_uniform(batch_axis=(0,))
+        self.kernel = nnx.Param(init(rngs.params(), (num_stacks, in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros((num_stacks, out_features)))
+
+    def __call__(self, x: Float[Array, "*expert batch in"]) -> Float[Array, "expert batch out"]:
+        equation = "bi,eio->ebo" if x.ndim == 2 else "ebi,eio->ebo"
+        return jnp.einsum(equation, x, self.kernel[...]) + self.bias[...][:, None]

@@ -1,0 +1,75 @@
+"""Multilayer perceptron and dropout."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mtl_jax.nn.context import Context
+
+NORMS = ("none", "layer")
+
+
+class MLP(nnx.Module):
+    """Per entry of ``units``: linear, norm, ReLU, dropout. The last entry is activated too.
+
+    Args:
+      in_features: Width of the input.
+      units: Layer widths; empty gives the identity.
+      norm: ``none`` or ``layer``.
+      dropout: Rate in [0, 1).
+      rngs: Initialisation; needs the stream ``params``. Weights are Glorot-uniform, biases 0.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        units: Sequence[int],
+        *,
+        norm: str = "none",
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+    ):
+        if norm not in NORMS:
+            raise ValueError(f"norm '{norm}' is unknown; expected one of {list(NORMS)}")
+        widths = (in_features, *units)
+        self.out_features = widths[-1]
+        self.dropout = check_rate(dropout)
+        self.layers = nnx.List([linear(i, o, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)])
+        self.norms = nnx.List([nnx.LayerNorm(o, rngs=rngs) for o in units] if norm == "layer" else [])
+
+    def __call__(self, x: Float[Array, "*batch in"], context: Context = Context()) -> Float[Array, "*batch out"]:
+        for index, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.norms:
+                x = self.norms[index](x)
+            x = dropout(nnx.relu(x), self.dropout, context.stream(f"layer {index}"))
+        return x
+
+
+def linear(in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer with Glorot-uniform weights."""
+    init = nnx.initializers.glorot_uniform()
+    return nnx.Linear(in_features, out_features, use_bias=use_bias, kernel_init=init, rngs=rngs)
+
+
+def dropout(x: Float[Array, "..."], rate: float, context: Context) -> Float[Array, "..."]:
+    """Zeroes entries with probability ``rate`` in training and scales the others by 1 / (1 - rate).
+
+    Raises:
+      ValueError: If the context trains without a key.
+    """
+    if rate == 0.0 or not context.train:
+        return x
+    if context.rngs is None:
+        raise ValueError(f"dropout {rate} in training needs a key; pass Context(train=True, rngs=key)")
+    kept = jax.random.bernoulli(context.rngs, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0)
+
+
+def check_rate(rate: float) -> float:
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout {rate} is not a rate; expected a number in [0, 1)")
+    return float(rate)

@@ -1,0 +1,36 @@
+"""The inner loop: many steps in one compiled call, over data that stays on the device."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from mtl_jax.data.batching import take
+from mtl_jax.train.state import TrainState
+from mtl_jax.train.step import Step, Sums
+
+Run = Callable[..., tuple[TrainState, Sums]]
+
+
+def run_steps(step: Step) -> Run:
+    """A pure function that makes up to K steps and gathers each batch by row number inside the loop.
+
+    Returns:
+      ``(state, data, order int32[K, batch], num_steps int32[]) -> (state, sums)``. The number of steps is data, not
+      shape: every call of a run, also the shorter last one of an epoch or the first after a resume, executes the same
+      program, so that results do not depend on where a run was cut.
+    """
+
+    def run(
+        state: TrainState, data: Mapping[str, Any], order: Int[Array, "step batch"], num_steps: Int[Array, ""]
+    ) -> tuple[TrainState, Sums]:
+        def body(index, carry):
+            state, sums = carry
+            state, added = step(state, take(data, order[index]))
+            return state, jax.tree.map(jnp.add, sums, added)
+
+        return jax.lax.fori_loop(0, num_steps, body, (state, Sums.zeros(len(step.tasks))))
+
+    return run

@@ -1,0 +1,69 @@
+"""The joint objective: from element-wise losses to one number a task."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from mtl_jax import losses
+from mtl_jax.errors import ConfigError
+from mtl_jax.tasks import Task
+
+REDUCTIONS = ("mean", "sum")
+NONFINITE = ("raise", "skip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    r"""How the losses of one task become a number, over the observed labels of a step.
+
+    With masks m, weights s and element losses l, :math:`N_k = \sum m s l` and :math:`D_k = \sum m s`:
+
+    .. math::
+        L_k = w_k \, N_k / D_k \quad (\text{mean}) \qquad L_k = w_k \, N_k \quad (\text{sum})
+
+    A task without a label in the step has loss 0, gradient 0, and is inactive. The textbook objective
+    :math:`\frac{1}{n} \sum_{i=1}^{n} \sum_{j=1}^{m} l(\theta_s, \theta_i; x_{ij}, y_{ij})` is ``reduction="sum"`` with
+    the balancer ``equal(reduction="mean")``.
+
+    Attributes:
+      reduction: ``mean`` or ``sum`` over a task's observed rows.
+      nonfinite: What a non-finite loss or gradient does: ``raise`` stops training before the update, ``skip`` leaves
+        the update out and counts it.
+    """
+
+    reduction: str = "mean"
+    nonfinite: str = "raise"
+
+    def __post_init__(self):
+        for field, choices in (("reduction", REDUCTIONS), ("nonfinite", NONFINITE)):
+            if getattr(self, field) not in choices:
+                raise ConfigError(
+                    f"objective.{field} is '{getattr(self, field)}'; expected one of {list(choices)}. Change it"
+                )
+
+    def __call__(
+        self, task: Task, outputs: Float[Array, "batch *out"], batch: Mapping[str, Any], key: PRNGKeyArray | None = None
+    ) -> "TaskLoss":
+        """The loss of one task on a batch; ``key`` for losses that sample."""
+        mask = batch["mask"][task.name]
+        scale = mask * batch["weight"]
+        if task.name in batch["task_weight"]:
+            scale = scale * batch["task_weight"][task.name]
+        # A row of weight 0 (padding) counts as unobserved: its label must not reach the loss either.
+        elements = losses.element_losses(task, outputs, batch["labels"][task.name], scale > 0, key=key)
+        numerator, denominator = jnp.sum(scale * elements), jnp.sum(scale)
+        loss = numerator
+        if self.reduction == "mean":
+            loss = numerator / jnp.where(denominator > 0, denominator, 1.0)
+        return TaskLoss(task.loss_weight * loss, numerator, denominator)
+
+
+class TaskLoss(NamedTuple):
+    """One task's loss in a step, with the sums that it came from (for averages over several steps)."""
+
+    loss: Float[Array, ""]
+    numerator: Float[Array, ""]
+    denominator: Float[Array, ""]

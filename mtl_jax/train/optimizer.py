@@ -1,0 +1,97 @@
+"""Optimizer: an optax transform with a learning rate, decay by label, and clipping over all gradients."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from mtl_jax.errors import ConfigError
+from mtl_jax.model import label
+
+LABEL_KINDS = ("embedding", "shared", "task", "aux")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How gradients become updates.
+
+    Attributes:
+      transform: An optax transform without learning rate, like ``optax.scale_by_adam()``. For tables updated by rows it
+        must work row by row (as the ``scale_by_*`` transforms do).
+      learning_rate: A number > 0, or an optax schedule of the step.
+      weight_decay: Decoupled decay (Loshchilov and Hutter, ICLR 2019): a number for all labels, or one by label kind
+        (``embedding``, ``shared``, ``task``, ``aux``; what is not named has none). In tables updated by rows only
+        touched rows decay.
+      clip_norm: Bound of the global norm of the gradient over all parameters, touched rows included; None: no clipping.
+
+    Example:
+      >>> import optax
+      >>> from mtl_jax.train import Optimizer
+      >>> Optimizer(optax.scale_by_adam(), learning_rate=1e-3, weight_decay={"shared": 1e-5}).clip_norm is None
+      True
+    """
+
+    transform: optax.GradientTransformation = dataclasses.field(default_factory=optax.scale_by_adam)
+    learning_rate: float | optax.Schedule = 1e-3
+    weight_decay: float | Mapping[str, float] = 0.0
+    clip_norm: float | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.transform, optax.GradientTransformation):
+            raise ConfigError(
+                f"optimizer.transform is {self.transform!r}; expected an optax transform like optax.scale_by_adam()"
+            )
+        if not callable(self.learning_rate) and not self.learning_rate > 0:
+            raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; expected a number > 0 or a schedule")
+        decay = self.weight_decay
+        decay = dict.fromkeys(LABEL_KINDS, decay) if not isinstance(decay, Mapping) else dict(decay)
+        unknown = sorted(set(decay) - set(LABEL_KINDS))
+        if unknown or any(rate < 0 for rate in decay.values()):
+            raise ConfigError(
+                f"optimizer.weight_decay is {self.weight_decay}; expected rates >= 0 for labels of {list(LABEL_KINDS)}"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"optimizer.clip_norm is {self.clip_norm}; expected a number > 0 or null")
+        object.__setattr__(self, "weight_decay", decay)
+
+    def dense(self) -> optax.GradientTransformation:
+        """The transform of a dict path -> array; the path gives the label, the label the decay."""
+        decays = [
+            optax.add_decayed_weights(rate, lambda params, kind=kind: {path: _kind(path) == kind for path in params})
+            for kind, rate in self.weight_decay.items()
+            if rate > 0
+        ]
+        return optax.chain(self.transform, *decays, optax.scale_by_learning_rate(self.learning_rate))
+
+    def rows(self, path: str) -> optax.GradientTransformation:
+        """The transform of the rows of one table."""
+        rate = self.weight_decay.get(_kind(path), 0.0)
+        decays = [optax.add_decayed_weights(rate)] if rate > 0 else []
+        return optax.chain(self.transform, *decays, optax.scale_by_learning_rate(self.learning_rate))
+
+
+def clip(gradients: dict[str, Array], bound: float | None) -> tuple[dict[str, Array], Float[Array, ""]]:
+    """The gradients with their global norm bounded, and the norm before."""
+    norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradients)))
+    if bound is None:
+        return gradients, norm
+    scale = jnp.minimum(1.0, bound / jnp.where(norm > 0, norm, 1.0))
+    return jax.tree.map(lambda g: g * scale, gradients), norm
+
+
+def as_optimizer(optimizer: Any) -> Optimizer:
+    """An :class:`Optimizer`, also from a bare optax transform that includes its learning rate (``optax.adam(1e-3)``)."""
+    if isinstance(optimizer, Optimizer):
+        return optimizer
+    if isinstance(optimizer, optax.GradientTransformation):
+        # the transform already descends: undo the sign that scale_by_learning_rate puts on
+        return Optimizer(optax.chain(optimizer, optax.scale(-1.0)), learning_rate=1.0)
+    raise ConfigError(f"optimizer is {optimizer!r}; expected mtl_jax.train.Optimizer or an optax transform")
+
+
+def _kind(path: str) -> str:
+    return label(path).split("/")[0]

@@ -1,0 +1,51 @@
+"""One compiled pass over a part: the outputs of every task for every row."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtl_jax.data.batching import as_batch, take
+from mtl_jax.data.dataset import Encoded
+from mtl_jax.train.state import Functional, Params
+
+ROWS_PER_BLOCK = 8192
+
+
+def predict(functional: Functional, arrays: Params, rows: Encoded | Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Outputs of all tasks: logits, or standardised predictions of regression tasks.
+
+    Args:
+      functional: Static view of the model.
+      arrays: Path -> array, for all arrays of the model.
+      rows: A part, or its batch on the device (see :func:`mtl_jax.data.batching.as_batch`).
+
+    Returns:
+      Task -> f32[N] or f32[N, C] on the host.
+    """
+    data = as_batch(rows) if isinstance(rows, Encoded) else rows
+    num_rows = data["ids"].shape[0]
+    block = min(ROWS_PER_BLOCK, num_rows)
+    order = np.arange(-(-num_rows // block) * block, dtype=np.int32)
+    order = np.where(order < num_rows, order, -1).reshape(-1, block)
+    outputs = jax.device_get(_pass_over(functional, arrays, data, jax.device_put(order)))
+    return {task: blocks.reshape(-1, *blocks.shape[2:])[:num_rows] for task, blocks in outputs.items()}
+
+
+def flops_per_example(functional: Functional, arrays: Params, data: Mapping[str, Any]) -> float | None:
+    """Floating-point operations of one forward pass, as the compiler counts them; None where it does not."""
+    block = min(1024, data["ids"].shape[0])
+    order = jax.device_put(np.arange(block, dtype=np.int32)[None])
+    lowered = jax.jit(lambda arrays, data, rows: functional.merge(arrays)(take(data, rows)))
+    cost = lowered.lower(arrays, data, order[0]).cost_analysis() or {}
+    return cost["flops"] / block if cost.get("flops", 0) > 0 else None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pass_over(
+    functional: Functional, arrays: Params, data: Mapping[str, Any], order: jax.Array
+) -> dict[str, jax.Array]:
+    model = functional.merge(arrays)
+    return jax.lax.map(lambda rows: model(take(data, rows)), order)

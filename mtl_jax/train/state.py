@@ -1,0 +1,105 @@
+"""TrainState: everything that a run changes, as one pytree; and the functional view of a model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from mtl_jax.model import MultiTaskModel, label
+
+Params = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """What a step reads and returns.
+
+    Attributes:
+      step: Finished updates.
+      params: Path -> array, for parameters that are differentiated as a whole.
+      rest: Path -> array, for arrays of the model that no optimizer touches.
+      opt: Optimizer state of ``params``.
+      tables: Path -> rows f32[V, D], for tables of which only the rows of a batch are touched.
+      row_opt: Path -> optimizer state of that table.
+      slots: Vocabulary -> int32[V], scratch of the row compaction; its content carries no meaning between steps.
+      balancer: State of the balancer.
+      key: Root key of the run; every draw folds in a name and the step.
+      live: False once the run met a non-finite loss or gradient; updates stop there.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    rest: Params
+    opt: PyTree
+    tables: dict[str, Float[Array, "row width"]]
+    row_opt: dict[str, PyTree]
+    slots: dict[str, Int[Array, " row"]]
+    balancer: PyTree
+    key: PRNGKeyArray
+    live: Bool[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Functional:
+    """A model as a pure function of its arrays.
+
+    Attributes:
+      graphdef: The static part.
+      paths: ``/``-joined path -> path of the array inside the module.
+      param_paths: The paths that are trained.
+    """
+
+    graphdef: Any
+    paths: Mapping[str, tuple]
+    param_paths: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: MultiTaskModel) -> tuple["Functional", Params, Params]:
+        """The static part, the trained arrays and the other arrays. The arrays are copies: a donated state owns them."""
+        graphdef, trained, rest = nnx.split(model, nnx.Param, ...)
+        trained, rest = _by_path(trained), _by_path(rest)
+        paths = {"/".join(map(str, path)): path for path in (*trained, *rest)}
+        join = lambda arrays: {"/".join(map(str, path)): jnp.copy(array) for path, array in arrays.items()}  # noqa: E731
+        trained, rest = join(trained), join(rest)
+        return cls(graphdef, paths, tuple(trained)), trained, rest
+
+    def merge(self, *arrays: Params) -> MultiTaskModel:
+        """The module with these arrays; together they must cover every path."""
+        flat = {self.paths[path]: array for part in arrays for path, array in part.items()}
+        return nnx.merge(self.graphdef, nnx.State(_nest(flat)))
+
+    def labels(self) -> dict[str, str]:
+        """Path -> label of every trained array."""
+        return {path: label(path) for path in self.param_paths}
+
+
+def count_parameters(arrays: Mapping[str, Array]) -> dict[str, int]:
+    """Numbers of parameters by kind of label (``embedding``, ``shared``, ``task``, ``aux``) and in ``total``."""
+    counts = dict.fromkeys(("embedding", "shared", "task", "aux", "total"), 0)
+    for path, array in arrays.items():
+        counts[label(path).split("/")[0]] += array.size
+        counts["total"] += array.size
+    return counts
+
+
+def same_structure(one: PyTree, other: PyTree) -> bool:
+    """Whether two pytrees have equal structure, shapes and dtypes."""
+    describe = lambda tree: jax.tree.map(lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))), tree)  # noqa: E731
+    return jax.tree.structure(one) == jax.tree.structure(other) and describe(one) == describe(other)
+
+
+def _by_path(state: nnx.State) -> dict[tuple, Array]:
+    return {path: variable[...] for path, variable in nnx.to_flat_state(state)}
+
+
+def _nest(flat: Mapping[tuple, Array]) -> dict:
+    nested: dict = {}
+    for path, array in flat.items():
+        node = nested
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = array
+    return nested

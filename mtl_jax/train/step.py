@@ -1,0 +1,219 @@
+"""The train step: one pure function from (state, batch) to (state, sums)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from mtl_jax.balancing import Balancer
+from mtl_jax.errors import ConfigError
+from mtl_jax.model import MultiTaskModel, is_table
+from mtl_jax.nn import Context, stream
+from mtl_jax.sharing import Strategy
+from mtl_jax.tasks import Task
+from mtl_jax.train import tables
+from mtl_jax.train.gradients import Balanced, BalancingOptions, balanced_gradients, check_scope
+from mtl_jax.train.objective import Objective
+from mtl_jax.train.optimizer import Optimizer, clip
+from mtl_jax.train.state import Functional, TrainState
+
+
+class Sums(NamedTuple):
+    """What a step adds up on the device; averages are formed on the host, after many steps.
+
+    Attributes:
+      steps: Updates made.
+      numerator: Weighted element losses of each task.
+      denominator: Weights of each task's observed labels.
+      weight: Balancing weights, summed over steps.
+      skipped: Steps without an update, because something was not finite.
+      nonfinite: Steps in which each task's loss was not finite.
+      null_rows: Active tasks without a gradient.
+    """
+
+    steps: Int[Array, ""]
+    numerator: Float[Array, " task"]
+    denominator: Float[Array, " task"]
+    weight: Float[Array, " task"]
+    skipped: Int[Array, ""]
+    nonfinite: Int[Array, " task"]
+    null_rows: Int[Array, ""]
+
+    @classmethod
+    def zeros(cls, num_tasks: int) -> "Sums":
+        count, vector = jnp.zeros((), jnp.int32), jnp.zeros(num_tasks)
+        return cls(count, vector, vector, vector, count, jnp.zeros(num_tasks, jnp.int32), count)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """A train step for one model, one objective, one balancer and one optimizer. Pure, and without a strategy's name.
+
+    Attributes:
+      functional: Static view of the model.
+      tasks: In the order of every per-task array.
+      objective: Reduction of the losses.
+      balancer: The method, with the tasks filled in.
+      options: Scope and head gradient.
+      optimizer: Updates.
+      sparse: Vocabulary -> features, for tables of which only the touched rows are updated.
+    """
+
+    functional: Functional
+    tasks: tuple[Task, ...]
+    objective: Objective
+    balancer: Balancer
+    options: BalancingOptions
+    optimizer: Optimizer
+    sparse: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        model: MultiTaskModel,
+        tasks: Sequence[Task],
+        *,
+        key: jax.Array,
+        objective: Objective = Objective(),
+        balancer: Balancer,
+        options: BalancingOptions = BalancingOptions(),
+        optimizer: Optimizer = Optimizer(),
+        table_updates: Mapping[str, str] | None = None,
+    ) -> tuple["Step", TrainState]:
+        """The step of a model and the state before the first one.
+
+        Args:
+          model: Its arrays are copied.
+          tasks: Those of the model's schema.
+          key: Root key of the run's dropout and draws.
+          objective: Reduction of the losses.
+          balancer: The method.
+          options: Scope and head gradient.
+          optimizer: Updates.
+          table_updates: Vocabulary -> ``dense`` or ``sparse`` (see :func:`mtl_jax.train.tables.choose`); dense if absent.
+
+        Raises:
+          ConfigError: The tasks are not the model's, or the balancer cannot work with this model.
+        """
+        if tuple(task.name for task in tasks) != model.task_names:
+            raise ConfigError(
+                f"the tasks are {[task.name for task in tasks]}; the model was built for {list(model.task_names)}. "
+                "Build the model from the same schema"
+            )
+        functional, params, rest = Functional.of(model)
+        balancer = balancer.for_tasks(tasks)
+        check_scope(params, balancer, options.scope)
+        chosen = {name for name, choice in (table_updates or {}).items() if choice == tables.SPARSE}
+        readers = {
+            f.vocabulary: tuple(g.name for g in model.features if g.vocabulary == f.vocabulary) for f in model.features
+        }
+        sparse = {name: readers[name] for name in readers if name in chosen}
+        by_rows = {path for path in params if is_table(path) and _vocabulary(path) in sparse}
+        whole = {path: array for path, array in params.items() if path not in by_rows}
+        step = cls(functional, tuple(tasks), objective, balancer, options, optimizer, sparse)
+        rows = {path: params[path] for path in sorted(by_rows)}
+        sizes = {_vocabulary(path): array.shape[0] for path, array in rows.items()}
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=whole,
+            rest=rest,
+            opt=optimizer.dense().init(whole),
+            tables=rows,
+            row_opt={path: optimizer.rows(path).init(array) for path, array in rows.items()},
+            slots={name: jnp.zeros(size, jnp.int32) for name, size in sizes.items()},
+            balancer=balancer.init(len(tasks), whole),
+            key=key,
+            live=jnp.array(True),
+        )
+        return step, state
+
+    def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Sums]:
+        """One update. After a non-finite step (``nonfinite="raise"``) nothing changes any more and nothing is counted."""
+        key = jax.random.fold_in(state.key, state.step)
+        inputs = self.functional.merge(state.params, state.tables, state.rest).inputs(batch)
+        slots, compacted = dict(state.slots), {}
+        for name, features in self.sparse.items():
+            inputs, slots[name], compacted[name] = tables.renumber(inputs, features, slots[name])
+        rows = {path: table[compacted[_vocabulary(path)].ids] for path, table in state.tables.items()}
+        balanced = self._balance(state, rows, inputs, batch, key)
+        gradients, norm = clip(balanced.gradients, self.optimizer.clip_norm)
+        finite = ~balanced.info["nonfinite"] & jnp.isfinite(norm)
+        update = state.live & finite
+
+        def select(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(update, a, b), new, old)
+
+        dense = {path: gradients[path] for path in state.params}
+        updates, opt = self.optimizer.dense().update(dense, state.opt, state.params)
+        new_tables, row_opt = {}, {}
+        for path, table in state.tables.items():
+            new_tables[path], row_opt[path] = tables.update_rows(
+                self.optimizer.rows(path),
+                table,
+                state.row_opt[path],
+                compacted[_vocabulary(path)],
+                gradients[path],
+                update,
+            )
+        proceed = state.live if self.objective.nonfinite == "skip" else update
+        new_state = TrainState(
+            step=state.step + proceed,
+            params=select(optax.apply_updates(state.params, updates), state.params),
+            rest=state.rest,
+            opt=select(opt, state.opt),
+            tables=new_tables,
+            row_opt=row_opt,
+            slots=slots,
+            balancer=select(balanced.state, state.balancer),
+            key=state.key,
+            live=proceed,
+        )
+        return new_state, self._sums(state, balanced, finite)
+
+    def _balance(self, state: TrainState, rows, inputs, batch, key) -> Balanced:
+        params = state.params | rows
+        context = Context(train=True, step=state.step, rngs=stream(key, "model"))
+
+        def merged(replaced):
+            return self.functional.merge(params | dict(replaced), state.rest)
+
+        def head(task: Task):
+            def loss(own, cut):
+                outputs = merged(own).head(task.name, cut, context)
+                return self.objective(task, outputs, batch, stream(key, f"loss/{task.name}"))
+
+            return loss
+
+        regularised = type(self.functional.merge(params, state.rest).sharing).regulariser is not Strategy.regulariser
+        return balanced_gradients(
+            lambda below: merged(below).common(inputs, context),
+            {task.name: head(task) for task in self.tasks},
+            params,
+            balancer=self.balancer,
+            state=state.balancer,
+            key=stream(key, "balancer"),
+            options=self.options,
+            regulariser=(lambda p: merged(p).sharing.regulariser()) if regularised else None,
+        )
+
+    def _sums(self, state: TrainState, balanced: Balanced, finite) -> Sums:
+        counted = state.live & finite
+        keep = lambda array: jnp.where(counted, array, 0)  # noqa: E731
+        bad = state.live & ~finite
+        return Sums(
+            steps=counted.astype(jnp.int32),
+            numerator=keep(balanced.losses.numerator),
+            denominator=keep(balanced.losses.denominator),
+            weight=keep(balanced.weights),
+            skipped=bad.astype(jnp.int32),
+            nonfinite=(bad & ~jnp.isfinite(balanced.losses.loss)).astype(jnp.int32),
+            null_rows=keep(balanced.info["null_rows"]).astype(jnp.int32),
+        )
+
+
+def _vocabulary(path: str) -> str:
+    return path.split("/")[-2]

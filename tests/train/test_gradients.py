@@ -1,0 +1,305 @@
+"""Balanced gradients against a brute-force Jacobian over all parameters and whole tables, in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from mtl_jax.balancing import equal, fixed, pcgrad, uncertainty
+from mtl_jax.data.batching import as_batch
+from mtl_jax.errors import ConfigError
+from mtl_jax.model import is_table, label
+from mtl_jax.nn import Context
+from mtl_jax.sharing import Strategy
+from mtl_jax.train import BalancingOptions, Objective, Optimizer, Step, balanced_gradients
+from mtl_jax.train.gradients import SCOPES, check_scope
+from mtl_jax.train.state import Functional
+
+KEY = jax.random.key(7)
+
+
+def written_out(tasks, model, batch):
+    """L_k = c_k sum(m s l) / sum(m s), from the definition of each loss."""
+    losses = []
+    for task, outputs in zip(tasks, model(batch).values(), strict=True):
+        mask = batch["mask"][task.name] > 0
+        labels = jnp.where(mask, batch["labels"][task.name], 0)
+        if task.kind == "binary":
+            elements = jnp.log1p(jnp.exp(-(2 * labels - 1) * outputs))
+        elif task.kind == "regression":
+            elements = (outputs - labels) ** 2
+        else:
+            elements = -jnp.log(jax.nn.softmax(outputs))[jnp.arange(labels.size), labels]
+        scale = mask * batch["weight"] * batch["task_weight"].get(task.name, 1.0)
+        losses.append(task.loss_weight * jnp.sum(scale * elements) / jnp.maximum(jnp.sum(scale), 1e-30))
+    return jnp.stack(losses)
+
+
+@dataclasses.dataclass
+class World:
+    """A model in float64, a batch, and the per-task losses with their Jacobian in every array."""
+
+    functional: Functional
+    tasks: tuple
+    params: dict
+    batch: dict
+
+    def __post_init__(self):
+        losses = lambda params: written_out(self.tasks, self.functional.merge(params), self.batch)  # noqa: E731
+        self.losses = losses(self.params)
+        self.jacobian = jax.jit(jax.jacrev(losses))(self.params)
+        self.active = jnp.array([bool(jnp.any(self.batch["mask"][task.name] > 0)) for task in self.tasks])
+
+    def common(self, below):
+        return self.functional.merge(self.params | dict(below)).common(
+            self.functional.merge(self.params).inputs(self.batch)
+        )
+
+    def head(self, task):
+        def loss(own, cut):
+            outputs = self.functional.merge(self.params | dict(own)).head(task.name, cut, Context())
+            return Objective()(task, outputs, self.batch)
+
+        return loss
+
+    def balanced(self, balancer, **options):
+        heads = {task.name: self.head(task) for task in self.tasks}
+        balancer = balancer.for_tasks(self.tasks)
+        state = balancer.init(len(self.tasks))
+        run = jax.jit(
+            lambda params: balanced_gradients(
+                self.common, heads, params, balancer=balancer, state=state, key=KEY, options=BalancingOptions(**options)
+            )
+        )
+        return run(self.params)
+
+    def gramian(self, scope):
+        """Inner products of flat rows over the arrays in the scope."""
+        if scope == "representation":
+            heads = [self.head(task) for task in self.tasks]
+            rows = jax.jacrev(lambda cut: jnp.stack([head({}, cut).loss for head in heads]))(self.common({}))
+        else:
+            labels = {"encoder": ("shared",), "shared": ("shared", "embedding"), "all": ("shared", "embedding", "task")}
+            rows = {p: j for p, j in self.jacobian.items() if label(p).split("/")[0] in labels[scope]}
+        flat = np.concatenate([np.asarray(leaf).reshape(len(self.tasks), -1) for leaf in jax.tree.leaves(rows)], axis=1)
+        return flat @ flat.T
+
+    def expected(self, weights, *, weighted_heads):
+        """sum_k w_k g_k below the cut, and g_k or w_k g_k in a task's own arrays."""
+        factors = {
+            path: weights if weighted_heads or not label(path).startswith("task/") else jnp.ones_like(weights)
+            for path in self.params
+        }
+        return {path: jnp.tensordot(factors[path], self.jacobian[path], 1) for path in self.params}
+
+
+@pytest.fixture(scope="module")
+def world(rich_schema, make_rows, make_model, as_float64, with_columns):
+    """Builds a world once per sharing strategy."""
+    built = {}
+
+    def build(sharing, *, without=()):
+        if (sharing, without) not in built:
+            rows = make_rows(rich_schema, 16)
+            rng = np.random.default_rng(5)
+            mask = {name: values & (name not in without) for name, values in rows.mask.items()}
+            rows = with_columns(rows, mask=mask, task_weight={"spend": rng.uniform(0, 2, 16).astype(np.float32)})
+            model = as_float64(make_model(rich_schema, sharing))
+            functional, params, _ = Functional.of(model)
+            built[sharing, without] = World(functional, rich_schema.tasks, params, as_float64(as_batch(rows)))
+        return built[sharing, without]
+
+    with jax.enable_x64(True):
+        yield build
+
+
+def assert_equal(actual, expected):
+    assert set(actual) == set(expected)
+    for path in expected:
+        np.testing.assert_allclose(actual[path], expected[path], rtol=1e-9, atol=1e-9, err_msg=path)
+
+
+CASES = [
+    pytest.param("mmoe", (), id="mmoe"),
+    pytest.param("mmoe", ("click",), id="mmoe, a task without labels"),
+    pytest.param("shared_bottom", (), id="shared bottom"),
+    pytest.param("single_task", (), id="single task, private tables"),
+    pytest.param("single_task_shared", (), id="single task, shared tables"),
+]
+
+
+@pytest.mark.parametrize(("sharing", "without"), CASES)
+def test_losses_and_their_weighted_sum(world, sharing, without):
+    here = world(sharing, without=without)
+    weights = jnp.array([0.5, 2.0, 3.0]) * here.active
+    balanced = here.balanced(fixed(weights=[0.5, 2.0, 3.0]))
+    np.testing.assert_allclose(balanced.losses.loss, here.losses, rtol=1e-9)
+    np.testing.assert_allclose(balanced.weights, weights)
+    assert_equal(balanced.gradients, here.expected(weights, weighted_heads=True))
+
+
+@pytest.mark.parametrize("sharing", ["mmoe", "single_task"])
+def test_plain_heads_under_weights_from_losses(world, sharing):
+    """Shared arrays are weighted, a task's own arrays (private tables included) are not."""
+    here = world(sharing)
+    balanced = here.balanced(fixed(weights=[0.5, 2.0, 3.0]), head_gradient="plain")
+    assert_equal(balanced.gradients, here.expected(jnp.array([0.5, 2.0, 3.0]), weighted_heads=False))
+
+
+def test_no_gradient_flows_through_the_weights(world):
+    """Uncertainty weights depend on the losses only through the state: the step is sum_k w_k g_k with w as numbers."""
+    here = world("mmoe")
+    balanced = here.balanced(uncertainty(initial=[0.3, -0.2, 0.1]))
+    weights = jnp.array([1.0, 0.5, 1.0]) * jnp.exp(-jnp.array([0.3, -0.2, 0.1]))
+    np.testing.assert_allclose(balanced.weights, weights, rtol=1e-7)
+    assert_equal(balanced.gradients, here.expected(balanced.weights, weighted_heads=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossAsWeight(type(equal())):
+    """w_k = L_k: a weight that a gradient could flow through."""
+
+    def weigh(self, gramian, losses, state, key, *, active=None):
+        return losses, state
+
+
+@pytest.mark.parametrize("head_gradient", ["plain", "weighted"])
+def test_weights_are_constants_of_the_step(world, head_gradient):
+    """With w_k = L_k the step is sum L_k g_k. Differentiating through w would give twice that."""
+    here = world("shared_bottom")
+    balanced = here.balanced(LossAsWeight("sum"), head_gradient=head_gradient)
+    assert_equal(balanced.gradients, here.expected(here.losses, weighted_heads=head_gradient == "weighted"))
+
+
+@pytest.mark.parametrize(
+    ("sharing", "without", "scope", "options"),
+    [
+        ("mmoe", (), "representation", {}),
+        ("mmoe", (), "encoder", {}),
+        ("mmoe", (), "shared", {"jacobian": "vmap"}),
+        ("mmoe", (), "all", {"head_gradient": "weighted"}),
+        ("mmoe", ("click",), "encoder", {"jacobian": "vmap", "head_gradient": "plain"}),
+        ("shared_bottom", (), "representation", {"head_gradient": "weighted"}),
+        ("shared_bottom", ("kind",), "all", {"jacobian": "vmap"}),
+        ("single_task_shared", (), "shared", {}),
+    ],
+)
+def test_gramian_methods(world, sharing, without, scope, options):
+    """PCGrad's weights from the flat Jacobian of the scope, then the weighted sum over all shared arrays."""
+    here = world(sharing, without=without)
+    balanced = here.balanced(pcgrad(), scope=scope, **options)
+    gramian = jnp.asarray(here.gramian(scope))
+    weights, _ = pcgrad().weigh(gramian, here.losses, pcgrad().init(3), KEY, active=here.active)
+    np.testing.assert_allclose(balanced.weights, weights, rtol=1e-9)
+    assert_equal(balanced.gradients, here.expected(weights, weighted_heads=options.get("head_gradient") == "weighted"))
+
+
+def test_scopes_differ(world):
+    """The Gramians that the scopes read are not the same, so the test above tells them apart."""
+    here = world("mmoe")
+    gramians = [here.gramian(scope) for scope in SCOPES]
+    for index, one in enumerate(gramians):
+        assert all(np.abs(one - other).max() > 1e-3 for other in gramians[index + 1 :])
+
+
+@pytest.mark.parametrize("balancer", [equal(reduction="mean"), pcgrad()], ids=["equal", "pcgrad"])
+def test_a_step_over_touched_rows_is_the_step_over_whole_tables(world, rich_schema, balancer):
+    """Plain descent with rate 1 shows the gradient as old minus new: over whole tables, over touched rows, brute force."""
+    here = world("mmoe")
+    gradients = []
+    for choice in ("dense", "sparse"):
+        step, state = Step.of(
+            here.functional.merge(here.params),
+            rich_schema.tasks,
+            key=jax.random.key(0),
+            balancer=balancer,
+            options=BalancingOptions(scope="representation"),
+            optimizer=Optimizer(optax.identity(), learning_rate=1.0),
+            table_updates={"user": choice, "item": choice},
+        )
+        assert set(state.tables) == ({p for p in here.params if is_table(p)} if choice == "sparse" else set())
+        new, sums = jax.jit(step)(state, here.batch)
+        before, after = state.params | state.tables, new.params | new.tables
+        gradients.append({path: before[path] - after[path] for path in before})
+    expected = here.expected(sums.weight, weighted_heads=balancer.weighted_heads)
+    for actual in gradients:
+        assert_equal(actual, expected)
+
+
+def test_regulariser_is_added_after_balancing(world):
+    """Its gradient has factor 1 whatever the weights are, and reaches heads and shared parameters alike."""
+    here = world("shared_bottom")
+    chosen = ["sharing/bottom/layers/0/kernel", "task/spend/tower/head/kernel"]
+    penalty = lambda params: sum(jnp.sum(params[path] ** 2) for path in chosen)  # noqa: E731
+    balancer = fixed(weights=[5.0, 0.0, 0.0])
+    balanced = balanced_gradients(
+        here.common,
+        {task.name: here.head(task) for task in here.tasks},
+        here.params,
+        balancer=balancer,
+        state=balancer.init(3),
+        key=KEY,
+        regulariser=penalty,
+    )
+    expected = here.expected(jnp.array([5.0, 0, 0]), weighted_heads=True)
+    expected |= {path: expected[path] + 2 * here.params[path] for path in chosen}
+    assert_equal(balanced.gradients, expected)
+
+
+class Penalised(Strategy):
+    """z = x + theta with the penalty theta^2."""
+
+    def __init__(self, in_features, tasks, *, rngs):
+        from flax import nnx
+
+        self.tasks, self.out_features = tuple(tasks), in_features
+        self.theta = nnx.Param(jnp.full((in_features,), 3.0))
+
+    def common(self, x, context=None):
+        return x + self.theta[...]
+
+    def head(self, task, common):
+        return common
+
+    def regulariser(self):
+        return jnp.sum(self.theta[...] ** 2)
+
+
+def test_a_strategys_regulariser_reaches_the_step(small_schema, make_rows, make_model):
+    """Without a labelled row the step is the penalty's alone: 3 - 0.1 * 2 * 3."""
+    rows = make_rows(small_schema, 8, observed=0.0)
+    step, state = Step.of(
+        make_model(small_schema, Penalised),
+        small_schema.tasks,
+        key=jax.random.key(0),
+        balancer=equal(),
+        optimizer=Optimizer(optax.identity(), learning_rate=0.1),
+    )
+    new, _ = step(state, as_batch(rows))
+    np.testing.assert_allclose(new.params["sharing/theta"], 2.4, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "scope", "message"),
+    [
+        ("single_task", "encoder", "the model has none.*balancing=equal"),
+        ("single_task", "representation", "the model has none"),
+        ("single_task_shared", "encoder", r"holds no parameter.*\['representation', 'shared', 'all'\]"),
+    ],
+)
+def test_empty_scopes_are_refused(small_schema, make_model, sharing, scope, message):
+    _, params, _ = Functional.of(make_model(small_schema, sharing))
+    with pytest.raises(ConfigError, match=message):
+        check_scope(params, pcgrad(), scope)
+    check_scope(params, equal(), scope)
+
+
+@pytest.mark.parametrize("field", ["scope", "head_gradient", "jacobian"])
+def test_unknown_options_are_refused(field):
+    with pytest.raises(ConfigError, match=rf"balancing.{field} is 'nothing'; expected one of"):
+        BalancingOptions(**{field: "nothing"})

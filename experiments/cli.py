@@ -1,6 +1,7 @@
 """What all command lines share: clear words instead of tracebacks for a user's mistakes."""
 
 import difflib
+import functools
 import sys
 from collections.abc import Callable
 
@@ -12,29 +13,45 @@ from omegaconf.errors import OmegaConfBaseException
 from mtl_jax.errors import MtlJaxError
 
 USAGE = 2
+INTERRUPTED = 130
 
 
 def command_line(main: Callable[[], None], config_name: str) -> None:
-    """Runs a Hydra application; a mistake of the user's ends it with one message and a non-zero status."""
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-    try:
-        if not any(argument.startswith("-") for argument in sys.argv[1:]):
-            _compose(config_name, overrides)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        _stop(_explain(error, config_name, overrides), USAGE)
-    try:
-        main()
-    except MtlJaxError as error:
-        _stop(f"{type(error).__name__}: {error}", 1)
-    except KeyboardInterrupt:
-        _stop("interrupted; the same command goes on from the last checkpoint", 130)
+    """Runs a Hydra application, after its configuration was composed once to answer mistakes in plain words."""
+    arguments = sys.argv[1:]
+    if not any(argument.startswith("-") for argument in arguments):
+        try:
+            _compose(config_name, arguments)
+        except (HydraException, OmegaConfBaseException) as error:
+            _stop(_explain(error, config_name, arguments), USAGE)
+    main()
+
+
+def in_plain_words(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """A job whose user's mistakes end it with one message; Hydra would print a traceback around it."""
+
+    @functools.wraps(job)
+    def guarded(config: DictConfig) -> None:
+        try:
+            job(config)
+        except MtlJaxError as error:
+            _stop(f"{type(error).__name__}: {error}", 1)
+        except KeyboardInterrupt:
+            _stop("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+
+    return guarded
 
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        config = hydra.compose(config_name, overrides=[o for o in overrides if not o.lstrip("+~").startswith("hydra.")])
+        config = hydra.compose(config_name, overrides=[o for o in overrides if _composes(o)])
     OmegaConf.resolve(config)
     return config
+
+
+def _composes(override: str) -> bool:
+    """Whether the override shapes the configuration and not the launch."""
+    return not override.lstrip("+~").startswith("hydra.") or override.startswith("hydra.searchpath=")
 
 
 def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:

@@ -4,11 +4,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.cli import command_line
+from experiments.cli import command_line, in_plain_words
 from mtl_jax.run import run
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
+@in_plain_words
 def main(config: DictConfig) -> None:
     job = HydraConfig.get()
     own_folder = any(override.startswith("hydra.run.dir=") for override in job.overrides.hydra)

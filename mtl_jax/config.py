@@ -7,6 +7,7 @@ from typing import Any
 
 import hydra.utils
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mtl_jax.errors import ConfigError, MtlJaxError
 
@@ -43,8 +44,18 @@ def build(node: Any, *, allow: Sequence[str] = ()) -> Any:
 
 
 def plain(node: Any) -> Any:
-    """The node as plain Python containers with all interpolations resolved."""
-    return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
+    """The node as plain Python containers with all interpolations resolved.
+
+    Raises:
+      ConfigError: A value that the user must give (``???``) is missing, or an interpolation leads nowhere.
+    """
+    if not isinstance(node, DictConfig | ListConfig):
+        return node
+    try:
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        said = str(error).splitlines()[0]
+        raise ConfigError(f"'{error.full_key}' has no value ({said}); expected one. Set {error.full_key}=...") from None
 
 
 def check_keys(node: Mapping[str, Any], known: Sequence[str], *, place: str = "") -> None:
@@ -101,7 +112,10 @@ def _check_options(place: str, target: Any, options: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(target).parameters
+    if not inspect.isclass(target):
+        return inspect.signature(target).parameters
+    # a metaclass may hide the constructor's own signature
+    return {name: p for name, p in inspect.signature(target.__init__).parameters.items() if name != "self"}
 
 
 def _inside(name: str, packages: Sequence[str]) -> bool:

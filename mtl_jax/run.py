@@ -2,6 +2,7 @@
 
 import datetime
 import resource
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,16 @@ from mtl_jax.report.terminal import print_result
 from mtl_jax.train import BalancingOptions, Bar, Quiet, Result, fit
 
 KEYS = (
-    "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "towers", "seed", "allow",
-    "output_dir",
+    "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "towers", "seed",
+    "allow", "output_dir",
 )  # fmt: skip
 TRAINER_KEYS = (
     "epochs", "batch_size", "patience", "monitor", "tables", "steps_per_call", "checkpoint_seconds", "progress",
 )  # fmt: skip
 OPTION_KEYS = ("scope", "head_gradient", "jacobian")
 SELECTOR = "valid_best"
+PLAIN_WIDTH = 110
+"""Columns of the printed result where standard output is not a terminal."""
 
 
 def run(
@@ -59,10 +62,10 @@ def run(
       MtlJaxError: What the user can mend; the record then says ``failed``, and checkpoints stay.
     """
     config = plain(config)
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     check_keys(config, KEYS)
     check_keys(config["trainer"], TRAINER_KEYS, place="trainer")
-    parts = _build_parts(config)
+    parts = build_parts(config)
     dataset: Dataset = build(config["data"], allow=config["allow"])
     name = run_id(config, seed=config["seed"], data_identity=dataset.identity)
     root = Path(config["output_dir"]) / "train"
@@ -83,13 +86,7 @@ def run(
     return record
 
 
-def build_model(config: Mapping[str, Any], dataset: Dataset) -> MultiTaskModel:
-    """The model that a configuration describes, for a data set; its seed gives the initial values."""
-    parts = {name: build(config[name], allow=config["allow"]) for name in ("encoder", "sharing", "towers")}
-    return MultiTaskModel(dataset.schema, **parts, rngs=nnx.Rngs(config["seed"]))
-
-
-def _build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that needs no data, so that a mistake shows before any is read."""
     balancing = dict(config["balancing"])
     options = {key: balancing.pop(key) for key in OPTION_KEYS if key in balancing}
@@ -104,6 +101,12 @@ def _build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
         "objective": build(config["objective"], allow=allow),
         "parallel": config["parallel"]["strategy"],
     }
+
+
+def build_model(config: Mapping[str, Any], dataset: Dataset) -> MultiTaskModel:
+    """The model that a configuration describes, for a data set; its seed gives the initial values."""
+    parts = {name: build(config[name], allow=config["allow"]) for name in ("encoder", "sharing", "towers")}
+    return MultiTaskModel(dataset.schema, **parts, rngs=nnx.Rngs(config["seed"]))
 
 
 def _finish(
@@ -179,7 +182,7 @@ def _evaluated(result: Result, dataset: Dataset, openings: int, reopened: bool, 
             "transductive": False,
             "oracle": False,
             "reopened": reopened,
-            "leak": bool(dataset.schema.allow_leak),
+            "leak": any(dataset.info["leakage"]["flagged"].values()),
         },
     }
 
@@ -214,7 +217,11 @@ def _known(config: Mapping[str, Any], names: Mapping[str, str], dataset: Dataset
             "rows": {part: len(rows) for part, rows in dataset.splits.items()},
             "licence": dataset.licence,
             "summary": summary,
-            **{key: info[key] for key in ("version", "source", "split_sha256", "files", "warnings") if key in info},
+            **{
+                key: info[key]
+                for key in ("version", "source", "split_sha256", "files", "leakage", "warnings")
+                if key in info
+            },
         },
         "seed": config["seed"],
         "split_seed": info.get("split_seed"),

@@ -117,11 +117,11 @@ def weigh(
     # A step with a non-finite entry is one without tasks: no method has to cope with NaN.
     usable = active & ~null & finite
     weights, new_state = balancer.weigh(gramian, jnp.where(usable, losses, 0), state, key, active=usable)
-    weights = jax.lax.stop_gradient(jnp.where(usable, weights, 0))
+    weights = jnp.where(usable, weights, 0)
     finite &= jnp.all(jnp.isfinite(weights))
     keep = ~finite | ~jnp.any(usable)
     weights = jnp.where(keep, 0, weights)
-    state = jax.tree.map(lambda old, new: jnp.where(keep, old, jax.lax.stop_gradient(new)), state, new_state)
+    state = jax.tree.map(lambda old, new: jnp.where(keep, old, new), state, new_state)
     return weights, state, {"null_rows": jnp.sum(null, dtype=jnp.int32), "nonfinite": ~finite}
 
 

@@ -218,7 +218,8 @@ def ne(labels: np.ndarray, logits: np.ndarray, weights: np.ndarray | None = None
     rate = weighted_mean(labels, weights)
     if rate is None or not 0 < rate < 1:
         return None
-    return logloss(labels, logits, weights) / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+    entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
+    return float(logloss(labels, logits, weights) / entropy)
 
 
 def pcoc(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> float | None:

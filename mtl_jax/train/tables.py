@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from mtl_jax.data.schema import PAD_ID
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import Inputs
 
@@ -81,8 +82,11 @@ def compact(slots: Int[Array, " row"], ids: Int[Array, " lookup"]) -> tuple[Int[
 def renumber(
     inputs: Inputs, names: Sequence[str], slots: Int[Array, " row"]
 ) -> tuple[Inputs, Int[Array, " row"], Compact]:
-    """Compacts all ids of the features ``names``, which read one vocabulary, and lets them point to representatives."""
-    flat = [inputs.lookups[name].ids.reshape(-1) for name in names]
+    """Compacts all ids of the features ``names``, which read one vocabulary, and lets them point to representatives.
+
+    Rows of weight 0 (the padding of a batch) read the padding id: naming a table row is enough to move it by its momentum.
+    """
+    flat = [_of_weighted_rows(inputs.lookups[name].ids, inputs.weight).reshape(-1) for name in names]
     slots, rows = compact(slots, jnp.concatenate(flat))
     lookups = dict(inputs.lookups)
     start = 0
@@ -126,3 +130,7 @@ def update_rows(
     old = take(table)
     updates, new_state = transform.update(gradient, jax.tree.map(take, state), old)
     return put(table, old + updates), jax.tree.map(put, state, new_state)
+
+
+def _of_weighted_rows(ids: Int[Array, "batch *length"], weight: Float[Array, " batch"] | None) -> Int[Array, "batch *length"]:
+    return ids if weight is None else jnp.where(jnp.expand_dims(weight > 0, range(1, ids.ndim)), ids, PAD_ID)

@@ -65,6 +65,13 @@ def test_without_gradients_nothing_moves():
     assert not info["nonfinite"]
 
 
+def test_without_active_tasks_the_state_stays():
+    """A count of steps, too, which no task owns."""
+    _, steps, info = weigh(Reciprocal(), None, jnp.array([2.0, 4.0]), Reciprocal().init(2), None, jnp.zeros(2, bool))
+    assert steps == 0
+    assert not info["nonfinite"]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_non_finite_loss_skips_the_step(bad):
     balancer = uncertainty(weight_lr=0.1)
@@ -112,14 +119,20 @@ def test_a_pytree_is_as_its_concatenated_rows(balancer):
 
 @pytest.mark.parametrize("balancer", [pcgrad(), Reciprocal()], ids=["gramian", "losses"])
 def test_no_gradient_flows_through_the_weights(balancer):
-    """Where the Jacobian and losses depend on x, d/dx of (d . v) is that of w . (J v) with w held."""
-    v = jnp.array([1.0, -2.0, 0.5, 1.0])
+    """Rows and losses move with x; d/dx of (d . v) counts the rows' motion M alone: w . (M v)."""
+    v, motion = jnp.array([1.0, -2.0, 0.5, 3.0]), jnp.arange(12.0).reshape(3, 4)
+
+    def rows_and_losses(x):
+        return J3 + x * motion, 2.0 + x * jnp.arange(3)
 
     def probe(x):
-        direction, _ = aggregate(balancer, x * J3, balancer.init(3), losses=x * jnp.ones(3), key=KEY)
+        jacobian, losses = rows_and_losses(x)
+        direction, _ = aggregate(balancer, jacobian, balancer.init(3), losses=losses, key=KEY)
         return direction @ v
 
-    np.testing.assert_allclose(jax.grad(probe)(1.0), probe(1.0), rtol=1e-5)
+    jacobian, losses = rows_and_losses(0.1)
+    weights, _, _ = weigh(balancer, gramian(jacobian), losses, balancer.init(3), KEY)
+    np.testing.assert_allclose(jax.grad(probe)(0.1), weights @ (motion @ v), rtol=1e-5)
 
 
 def test_what_a_method_needs_is_asked_for():

@@ -54,6 +54,21 @@ def rich_schema():
 
 
 @pytest.fixture(scope="session")
+def three_task_schema(rich_schema):
+    """Two features of one vocabulary and a number, with the three kinds of task."""
+    features = (Categorical("item", "item"), Categorical("last", "item"), Numeric("price"))
+    return dataclasses.replace(rich_schema, features=features, vocabularies=(vocabulary("item", 9),))
+
+
+@pytest.fixture
+def quick_compilation():
+    """For programs that run once: an executable that is slower to run and faster to build."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
 def make_rows():
     """(schema, num_rows, seed) -> Encoded. Labels follow the first id and the number; some are unobserved, and NaN."""
 
@@ -117,7 +132,7 @@ def make_model():
         "single_task_shared": functools.partial(SingleTask, units=(5,), share_embeddings=True),
     }
 
-    def build(schema, sharing="shared_bottom", *, seed=0, dropout=0.0, dim=3):
+    def build(schema, sharing="shared_bottom", *, seed=0, dropout=0.0, dim=3, towers=(4,)):
         sharing = kinds.get(sharing, sharing)
         if isinstance(sharing, functools.partial):
             sharing = functools.partial(sharing, dropout=dropout)
@@ -125,7 +140,7 @@ def make_model():
             schema,
             encoder=functools.partial(Encoder, embedding_dim=dim, stddev=0.5),
             sharing=sharing,
-            towers=functools.partial(Tower, units=(4,), dropout=dropout),
+            towers=functools.partial(Tower, units=towers, dropout=dropout),
             rngs=nnx.Rngs(seed),
         )
 

@@ -1,0 +1,86 @@
+"""Every node in conf/ composes, builds through the gate, and trains two steps."""
+
+from pathlib import Path
+
+import hydra
+import jax
+import pytest
+from omegaconf import OmegaConf
+
+import conf
+import mtl_jax
+from mtl_jax.config import build, plain
+from mtl_jax.data.batching import as_batch, epoch_order, take
+from mtl_jax.run import KEYS, TRAINER_KEYS, build_model, build_parts
+from mtl_jax.train import Step
+
+ROOT = Path(conf.__file__).parent
+NODES = sorted(
+    (path.parent.name, path.stem) for path in ROOT.glob("*/*.yaml") if path.parent.name not in ("experiment", "data")
+)
+EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiment/*.yaml"))
+# Values that a node leaves to the user.
+REQUIRED = {"fixed": ["balancing.weights={y1: 1.0, y2: 0.5}"]}
+
+
+def compose(*overrides):
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        return plain(hydra.compose("train", overrides=list(overrides)))
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return mtl_jax.data.load("synthetic", num_rows=120, dim=4)
+
+
+@pytest.mark.parametrize(("group", "name"), NODES, ids=[f"{group}={name}" for group, name in NODES])
+def test_every_node_trains_two_steps(group, name, dataset):
+    small = (
+        ["data=synthetic", "sharing.units=[4]"] if name != "mmoe" else ["data=synthetic", "sharing.expert_units=[4]"]
+    )
+    sharing = [] if group == "sharing" else ["sharing=shared_bottom"]
+    if group != "sharing":
+        small = ["data=synthetic", "sharing.units=[4]"]
+    config = compose(*small, *sharing, f"{group}={name}", "towers.units=[3]", *REQUIRED.get(name, []))
+    assert set(config) <= set(KEYS)
+    assert set(config["trainer"]) == set(TRAINER_KEYS)
+    parts = build_parts(config)
+    parts.pop("parallel")
+    step, state = Step.of(build_model(config, dataset), dataset.schema.tasks, key=jax.random.key(0), **parts)
+    data = as_batch(dataset.for_training().train)
+    before = jax.device_get(state.params)
+    run = jax.jit(step)
+    for rows in epoch_order(100, 50, seed=0, epoch=0)[:2]:
+        state, sums = run(state, take(data, rows))
+        assert int(sums.steps) == 1
+    changed = [path for path, array in jax.device_get(state.params).items() if (array != before[path]).any()]
+    assert len(changed) >= 0.75 * len(before)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_composes_and_says_its_command(name):
+    config = compose(f"experiment={name}")
+    assert set(config) <= set(KEYS)
+    build_parts(config)
+    assert f"experiment={name}" in (ROOT / "experiment" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("data/*.yaml")))
+def test_every_data_node_names_options_that_the_loader_has(name, tmp_path):
+    """Built with its source out of reach, a node fails for the lack of data, and not for an option."""
+    config = compose(f"data={name}", *(["data.path=absent.csv"] if name == "table" else []))
+    node = dict(config["data"])
+    if name == "synthetic":
+        node |= {"num_rows": 60, "dim": 3}
+        assert build(node).name == "synthetic"
+        return
+    expected = mtl_jax.errors.MissingFile if name == "table" else mtl_jax.errors.NotCached
+    if name != "table":
+        node |= {"download": False, "cache_dir": str(tmp_path)}
+    with pytest.raises(expected):
+        build(node)
+
+
+def test_the_configuration_is_plain_yaml():
+    for path in ROOT.rglob("*.yaml"):
+        assert OmegaConf.to_container(OmegaConf.load(path), resolve=False) is not None

@@ -1,0 +1,238 @@
+"""The train step: padding, non-finite steps, runs side by side, and what its program contains."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtl_jax.balancing import equal, pcgrad, uncertainty
+from mtl_jax.data.batching import as_batch, epoch_order, take
+from mtl_jax.errors import ConfigError
+from mtl_jax.sharing import SharedBottom
+from mtl_jax.train import Objective, Optimizer, Step, compile_step
+from mtl_jax.train.loop import run_steps
+from mtl_jax.train.state import same_structure
+
+
+@pytest.fixture(scope="module")
+def make_step(make_model):
+    """(schema, sharing) -> step and state, the larger tables by rows."""
+
+    def build(schema, sharing="shared_bottom", *, seed=0, dropout=0.0, sparse=True, **options):
+        options.setdefault("balancer", equal())
+        return Step.of(
+            make_model(schema, sharing, seed=seed, dropout=dropout),
+            schema.tasks,
+            key=jax.random.key(seed),
+            table_updates={schema.vocabularies[-1].name: "sparse" if sparse else "dense"},
+            **options,
+        )
+
+    return build
+
+
+def everything(state):
+    """All arrays that carry meaning, as NumPy; the key as its words, the scratch left out."""
+    return jax.tree.map(np.asarray, state._replace(key=jax.random.key_data(state.key), slots={}))
+
+
+def assert_same(one, other, **tolerance):
+    compare = np.testing.assert_allclose if tolerance else np.testing.assert_array_equal
+    jax.tree.map(lambda a, b: compare(a, b, **tolerance), everything(one), everything(other))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_padding_changes_nothing(rich_schema, make_step, make_rows):
+    """Rows of weight 0 with NaN labels and other ids: the same step, also for the moments of the rows that they name."""
+    rows = as_batch(make_rows(rich_schema, 40))
+    rows["labels"] = {name: jnp.where(jnp.arange(40) < 24, y, y.dtype.type(np.nan) if y.dtype == np.float32 else -1)
+                      for name, y in rows["labels"].items()}  # fmt: skip
+    step, state = make_step(rich_schema)
+    program = jax.jit(step)
+    state, _ = program(state, take(rows, jnp.arange(24)))  # every moment is at work
+    order = jnp.concatenate([jnp.arange(8), jnp.full(16, -1)])
+    padded = take(rows, jnp.arange(24)) | {"weight": jnp.where(order >= 0, rows["weight"][:24], 0)}
+    other = take(rows, jnp.concatenate([jnp.arange(8), jnp.arange(24, 40)])) | {"weight": padded["weight"]}
+    outcomes = [program(state, batch) for batch in (take(rows, order), padded, other)]
+    alone = jax.jit(step)(state, take(rows, jnp.arange(8)))
+    for outcome in outcomes:
+        assert_same(outcome[0], alone[0], rtol=1e-5, atol=1e-7)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), outcome[1], alone[1])
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.usefixtures("quick_compilation")
+def test_nonfinite_steps(small_schema, make_step, make_rows, nonfinite):
+    """The step of a NaN feature leaves every array alone; ``raise`` stops for good, ``skip`` counts it and goes on."""
+    rows = as_batch(make_rows(small_schema, 24, observed=1.5))
+    rows["dense"] = rows["dense"].at[9].set(jnp.nan)
+    step, before = make_step(small_schema, balancer=uncertainty(), objective=Objective(nonfinite=nonfinite))
+    program = jax.jit(step)
+    good, _ = program(before, take(rows, jnp.arange(8)))
+    bad, sums = program(good, take(rows, jnp.arange(8, 16)))
+    after, later = program(bad, take(rows, jnp.arange(16, 24)))
+    raises = nonfinite == "raise"
+    assert_same(bad, good._replace(live=jnp.array(not raises), step=good.step + (not raises)))
+    assert (int(sums.steps), int(sums.skipped), sums.nonfinite.tolist()) == (0, 1, [1, 1])
+    assert not np.any(sums.numerator) and not np.any(sums.denominator) and not np.any(sums.weight)
+    if raises:
+        assert_same(after, bad)
+        assert all(not np.any(leaf) for leaf in later)
+    else:
+        assert bool(after.live) and int(later.steps) == 1 and int(after.step) == 3
+        changed = {path for path in after.params if np.any(after.params[path] != bad.params[path])}
+        assert changed >= {path for path in after.params if "kernel" in path}
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_one_tasks_overflow_is_told_from_the_others(small_schema, make_step, make_rows):
+    """A label beyond float32 makes one loss infinite; only that task is named."""
+    rows = as_batch(make_rows(small_schema, 8, observed=1.5))
+    rows["labels"]["spend"] = rows["labels"]["spend"].at[3].set(1e30)
+    step, state = make_step(small_schema)
+    new, sums = jax.jit(step)(state, rows)
+    assert sums.nonfinite.tolist() == [0, 1]
+    assert_same(new, state._replace(live=jnp.array(False)))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_gradient_can_break_without_a_loss(small_schema, make_step, make_rows):
+    """A NaN feature in a row that no task observes reaches the gradient only: no update, and no task is blamed."""
+    rows = as_batch(make_rows(small_schema, 8, observed=1.5))
+    rows["dense"] = rows["dense"].at[3].set(jnp.nan)
+    rows["mask"] = {name: mask.at[3].set(0) for name, mask in rows["mask"].items()}
+    step, state = make_step(small_schema)
+    new, sums = jax.jit(step)(state, rows)
+    assert (int(sums.skipped), sums.nonfinite.tolist()) == (1, [0, 0])
+    assert_same(new, state._replace(live=jnp.array(False)))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_weighted_sums(small_schema, make_step, make_rows):
+    """Numerators over denominators of three steps give the mean loss over all their rows."""
+    rows = as_batch(make_rows(small_schema, 24))
+    frozen = Optimizer(optax.set_to_zero(), learning_rate=1.0)
+    step, state = make_step(small_schema, optimizer=frozen, balancer=equal(reduction="mean"))
+    program = jax.jit(step)
+    _, first = program(state, take(rows, jnp.arange(8)))
+    _, rest = program(state, take(rows, jnp.arange(8, 16)))
+    _, last = program(state, take(rows, jnp.arange(16, 24)))
+    _, whole = jax.jit(step)(state, rows)
+    for name in ("numerator", "denominator"):
+        total = sum(getattr(sums, name) for sums in (first, rest, last))
+        np.testing.assert_allclose(total, getattr(whole, name), rtol=1e-5)
+    expected = (rows["weight"] * rows["mask"]["click"]).sum()
+    np.testing.assert_allclose(whole.denominator[0], expected, rtol=1e-6)
+    np.testing.assert_array_equal(whole.weight, [0.5, 0.5])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_runs_side_by_side(small_schema, make_step, make_rows):
+    """vmap over stacked states equals each run by itself, dropout and balancer draws included."""
+    rows = as_batch(make_rows(small_schema, 16))
+    made = [make_step(small_schema, "mmoe", seed=seed, dropout=0.2, balancer=pcgrad()) for seed in range(3)]
+    step = made[0][0]
+    run = run_steps(step)
+    order = jnp.asarray(np.random.default_rng(0).permuted(np.tile(np.arange(16), (3, 1)), axis=1))
+    arguments = (rows, order, jnp.int32(3))
+    alone = [jax.jit(run)(state, *arguments)[0] for _, state in made]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in made))
+    together, _ = jax.jit(jax.vmap(run, in_axes=(0, None, None, None)))(stacked, *arguments)
+    for index, state in enumerate(alone):
+        assert_same(jax.tree.map(lambda leaf, index=index: leaf[index], together), state, rtol=1e-5, atol=1e-6)
+    assert np.any(everything(alone[0]).params["task/click/tower/head/kernel"]
+                  != everything(alone[1]).params["task/click/tower/head/kernel"])  # fmt: skip
+
+
+def primitives(jaxpr):
+    """Names of all primitives of a program, those of its inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+def test_program_stays_on_the_device(rich_schema, make_step, make_rows):
+    """Twenty steps are one trace and one program, without callbacks and without transfers; the state is donated."""
+    traces = []
+
+    class Counting(SharedBottom):
+        def common(self, x, context=None):
+            traces.append(1)
+            return super().common(x, context)
+
+    step, state = make_step(rich_schema, functools.partial(Counting, units=(5,)), dropout=0.1, balancer=pcgrad())
+    rows = as_batch(make_rows(rich_schema, 40))
+    run = run_steps(step)
+    orders = [epoch_order(40, 16, seed=0, epoch=epoch) for epoch in range(7)]
+    arguments = jax.device_put([(np.pad(order, ((0, 1), (0, 0)), constant_values=-1), np.int32(3)) for order in orders])
+    traced = jax.jit(run, donate_argnums=0).trace(state, rows, *arguments[0])
+    names = set(primitives(traced.jaxpr.jaxpr))
+    assert {"dot_general", "while", "scatter"} <= names
+    assert not {name for name in names if "callback" in name or "debug" in name or name in ("infeed", "outfeed")}
+    program = compile_step(run)
+    state, _ = program(state, rows, *arguments[0])
+    counted, first = len(traces), state.params["task/click/tower/head/kernel"]
+    with jax.transfer_guard("disallow"):
+        for padded in arguments[1:]:
+            state, sums = program(state, rows, *padded)
+    assert int(state.step) == 21
+    assert len(traces) == counted
+    assert program._cache_size() == 1
+    assert first.is_deleted()
+    assert np.all(np.isfinite(sums.numerator))
+
+
+def test_results_do_not_depend_on_steps_per_call(small_schema, make_step, make_rows):
+    """Seven steps in one call, one by one, and in calls of three: the same bits."""
+    rows = as_batch(make_rows(small_schema, 40))
+    orders = jnp.asarray(np.concatenate([epoch_order(40, 12, seed=1, epoch=epoch) for epoch in range(2)]))[:7]
+    finals = []
+    for size in (7, 1, 3):
+        step, state = make_step(small_schema, dropout=0.3, balancer=pcgrad())
+        program, total = compile_step(run_steps(step)), 0.0
+        for start in range(0, 7, size):
+            part = orders[start : start + size]
+            padded = jnp.concatenate([part, jnp.full((size - len(part), 12), -1, jnp.int32)])
+            state, sums = program(state, rows, padded, jnp.int32(len(part)))
+            total += np.asarray(sums.numerator, np.float64)
+        assert int(state.step) == 7
+        finals.append((state, total))
+    for state, total in finals[1:]:
+        assert_same(state, finals[0][0])
+        np.testing.assert_allclose(total, finals[0][1], rtol=1e-5)
+
+
+def test_state_keeps_its_structure(rich_schema, make_step, make_rows):
+    """Shapes and types after a step are those before, so that a loop can carry it and a checkpoint can hold it."""
+    step, state = make_step(rich_schema, "mmoe", balancer=uncertainty())
+    new, _ = jax.eval_shape(step, state, as_batch(make_rows(rich_schema, 8)))
+    describe = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert describe(new) == describe(state)
+    assert same_structure(new, state)
+    assert not same_structure(new._replace(step=jnp.zeros(2)), state)
+
+
+def test_the_models_arrays_are_copied(small_schema, make_model, make_step, make_rows):
+    """A donated state must not take the model's arrays with it."""
+    model = make_model(small_schema)
+    step, state = Step.of(model, small_schema.tasks, key=jax.random.key(0), balancer=equal())
+    compile_step(step)(state, as_batch(make_rows(small_schema, 8)))
+    outputs = model(as_batch(make_rows(small_schema, 8)))
+    assert np.all(np.isfinite(outputs["click"]))
+
+
+def test_tasks_must_be_the_models(small_schema, make_model):
+    tasks = small_schema.tasks[::-1]
+    with pytest.raises(ConfigError, match=r"\['spend', 'click'\].*built for \['click', 'spend'\]"):
+        Step.of(make_model(small_schema), tasks, key=jax.random.key(0), balancer=equal())
+
+
+def test_unknown_compilation_is_refused():
+    with pytest.raises(ConfigError, match="parallel is 'magic'; expected one of"):
+        compile_step(jnp.sin, strategy="magic")

@@ -104,6 +104,7 @@ def measurement(
     seconds_per_epoch: Sequence[float],
     test_auc: Mapping[str, float],
     versions: Mapping[str, str],
+    choices: Mapping[str, str] | None = None,
 ) -> dict:
     """What a competitor returns.
 
@@ -113,6 +114,7 @@ def measurement(
       seconds_per_epoch: Of each timed epoch.
       test_auc: Task -> area under the ROC curve on the test rows after the last epoch.
       versions: Package -> version.
+      choices: What the competitor chose for this machine, for the record.
     """
     return {
         "examples_per_second": rows_per_epoch * len(seconds_per_epoch) / sum(seconds_per_epoch),
@@ -121,6 +123,7 @@ def measurement(
         "rows_per_epoch": rows_per_epoch,
         "test_auc": {task: float(test_auc[task]) for task in TASKS},
         "versions": dict(versions),
+        "choices": dict(choices or {}),
     }
 
 

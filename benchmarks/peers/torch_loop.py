@@ -3,9 +3,10 @@
     python benchmarks/peers/torch_loop.py DATA.npz --epochs 2 --json OUT.json
 """
 
+import copy
 import ctypes
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import worker
 from benchmarks.machine import versions
+from benchmarks.peers.torch_experts import EXPERTS, Experts, single_experts
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -28,12 +30,13 @@ def run(data: worker.Data, epochs: int, batch_size: int, seed: int) -> dict:
     sizes, num_dense = data["table_sizes"].tolist(), data["train_dense"].shape[1]
     tables = OneTable(sizes)
     model = MMoE(tables, num_inputs=len(sizes) * worker.EMBEDDING + num_dense)
-    optimizer = torch.optim.Adam(model.parameters(), lr=worker.LEARNING_RATE, fused=True)
     train, test = (
         (tables.rows_of(torch.from_numpy(data[f"{part}_ids"])),)
         + tuple(torch.from_numpy(data[f"{part}_{name}"]) for name in ("dense", "labels"))
         for part in ("train", "test")
     )
+    layout = model.compute_experts = fastest_experts(model, *(array[:batch_size] for array in train))
+    optimizer = torch.optim.Adam(model.parameters(), lr=worker.LEARNING_RATE, fused=True)
     warmup, seconds = worker.time_epochs(lambda: train_epoch(model, optimizer, *train, batch_size=batch_size), epochs)
     scores = predict(model, *test[:2], batch_size=batch_size)
     return worker.measurement(
@@ -42,6 +45,7 @@ def run(data: worker.Data, epochs: int, batch_size: int, seed: int) -> dict:
         seconds_per_epoch=seconds,
         test_auc={task: roc_auc_score(test[2][:, k], scores[:, k]) for k, task in enumerate(worker.TASKS)},
         versions=versions("torch", "numpy"),
+        choices={"experts": next(name for name, experts in EXPERTS.items() if experts is layout)},
     )
 
 
@@ -59,6 +63,22 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, 
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+
+
+def fastest_experts(model: "MMoE", ids: Tensor, dense: Tensor, labels: Tensor, *, turns: int = 8) -> Experts:
+    """The layout of the experts that is fastest here: the best time of gradient steps that take turns.
+
+    The steps are of a copy, so training starts from the same parameters whatever was tried.
+    """
+    trial = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(trial.parameters(), lr=0.0)
+    best = dict.fromkeys(EXPERTS, float("inf"))
+    for _ in range(turns):
+        for name, trial.compute_experts in EXPERTS.items():
+            start = time.perf_counter()
+            train_step(trial, optimizer, ids, dense, labels)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return EXPERTS[min(best, key=best.__getitem__)]
 
 
 @torch.inference_mode()
@@ -84,15 +104,6 @@ class OneTable(nn.Module):
         return self.rows.index_select(0, rows.flatten()).view(len(rows), -1)
 
 
-Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def batched_experts(x: Tensor, kernel_1: Tensor, bias_1: Tensor, kernel_2: Tensor, bias_2: Tensor) -> Tensor:
-    """Two layers of all experts at once, expert-major: [B, I] -> [E, B, H]."""
-    hidden = F.relu(torch.baddbmm(bias_1, x.expand(len(kernel_1), -1, -1), kernel_1))
-    return F.relu(torch.baddbmm(bias_2, hidden, kernel_2))
-
-
 class MMoE(nn.Module):
     """Experts (ReLU after each layer), a linear softmax gate without bias a task, and a tower of one hidden layer a task.
 
@@ -102,7 +113,7 @@ class MMoE(nn.Module):
       experts: How the experts are computed.
     """
 
-    def __init__(self, tables: nn.Module, *, num_inputs: int, experts: Experts = batched_experts):
+    def __init__(self, tables: nn.Module, *, num_inputs: int, experts: Experts = single_experts):
         super().__init__()
         num_experts, num_tasks = worker.NUM_EXPERTS, len(worker.TASKS)
         (first, second), (tower,) = worker.EXPERT_UNITS, worker.TOWER_UNITS

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import worker
-from benchmarks.peers.torch_loop import MMoE, OneTable, batched_experts, keep_freed_memory, train_step
+from benchmarks.peers.torch_experts import EXPERTS, Experts, single_experts
+from benchmarks.peers.torch_loop import MMoE, OneTable, keep_freed_memory, train_step
 
 
 class OneTableEmbedding(OneTable):
@@ -46,24 +47,6 @@ class ManyTables(nn.Module):
         return torch.cat([table(rows[:, k]) for k, table in enumerate(self.tables)], dim=1)
 
 
-def einsum_experts(x: Tensor, kernel_1: Tensor, bias_1: Tensor, kernel_2: Tensor, bias_2: Tensor) -> Tensor:
-    hidden = F.relu(torch.einsum("bi,eio->ebo", x, kernel_1) + bias_1)
-    return F.relu(torch.einsum("ebi,eio->ebo", hidden, kernel_2) + bias_2)
-
-
-def stacked_experts(x: Tensor, kernel_1: Tensor, bias_1: Tensor, kernel_2: Tensor, bias_2: Tensor) -> Tensor:
-    """The first layer of all experts as one wide product, the second on its strided slices."""
-    num_experts, num_inputs, width = kernel_1.shape
-    hidden = F.relu(torch.addmm(bias_1.flatten(), x, kernel_1.transpose(0, 1).reshape(num_inputs, -1)))
-    return F.relu(torch.baddbmm(bias_2, hidden.view(-1, num_experts, width).transpose(0, 1), kernel_2))
-
-
-def single_experts(x: Tensor, kernel_1: Tensor, bias_1: Tensor, kernel_2: Tensor, bias_2: Tensor) -> Tensor:
-    """One expert after the other."""
-    layers = zip(kernel_1.unbind(), bias_1.unbind(), kernel_2.unbind(), bias_2.unbind(), strict=True)
-    return torch.stack([F.relu(torch.addmm(d, F.relu(torch.addmm(b, x, a)), c)) for a, b, c, d in layers])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="arrays written by benchmarks/train_throughput.py")
@@ -77,13 +60,9 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(options.threads)
     data = worker.load(options.data)
-    variants = {
-        "as in torch_loop.py": variant(data, options),
+    variants = {f"experts: {name}": variant(data, options, experts=experts) for name, experts in EXPERTS.items()} | {
         "lookups: F.embedding": variant(data, options, tables=OneTableEmbedding),
         "lookups: a table a feature": variant(data, options, tables=ManyTables),
-        "experts: einsum": variant(data, options, experts=einsum_experts),
-        "experts: stacked linear": variant(data, options, experts=stacked_experts),
-        "experts: one by one": variant(data, options, experts=single_experts),
         "Adam: foreach": variant(data, options, adam={"foreach": True}),
         "Adam: one by one": variant(data, options, adam={"foreach": False}),
     }
@@ -100,7 +79,7 @@ def variant(
     options: argparse.Namespace,
     *,
     tables: type[nn.Module] = OneTable,
-    experts: Callable[..., Tensor] = batched_experts,
+    experts: Experts = single_experts,
     adam: dict[str, bool] | None = None,
     transform: Callable[[nn.Module], Callable[..., Tensor]] = lambda model: model,
 ) -> Callable[[], None]:

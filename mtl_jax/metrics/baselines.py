@@ -176,7 +176,7 @@ def _effects(residuals, weights, codes, largest, smoothing) -> np.ndarray:
     known = codes >= 0
     sums = np.bincount(codes[known], (weights * residuals)[known], largest + 2)
     counts = np.bincount(codes[known], weights[known], largest + 2) + smoothing
-    return np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0)
+    return np.divide(sums, counts, out=np.zeros(largest + 2), where=counts > 0)
 
 
 def _median(task: Task, train, num_rows: int) -> np.ndarray:

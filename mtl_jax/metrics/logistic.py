@@ -50,7 +50,7 @@ def fit_linear(
     penalty: float,
     *,
     start: np.ndarray | None = None,
-    tolerance: float = 1e-7,
+    tolerance: float = 1e-6,
     max_iterations: int = 50,
 ) -> np.ndarray:
     r"""Minimises :math:`\sum_i s_i \ell(b + w^\top x_i, y_i) + \tfrac12 \lambda \lVert w \rVert^2` by L-BFGS.

@@ -120,8 +120,8 @@ def evaluate_task(
       ValueError: Shapes that do not fit the task or each other; bad weights.
     """
     outputs, labels, mask = np.asarray(outputs, np.float64), np.asarray(labels), np.asarray(mask, bool)
-    if task.kind != "multiclass" and outputs.ndim == 2:
-        outputs = outputs.squeeze(1)
+    if task.kind != "multiclass" and outputs.shape == (*mask.shape, 1):
+        outputs = outputs[:, 0]
     expected = (*mask.shape, task.width) if task.kind == "multiclass" else mask.shape
     if outputs.shape != expected or labels.shape != mask.shape:
         raise ValueError(
@@ -133,7 +133,7 @@ def evaluate_task(
     outputs, labels, weight = outputs[used], labels[used], weight[used]
     user = None if user is None else np.asarray(user)[used]
 
-    not_finite = int((~np.isfinite(outputs.reshape(len(labels), -1))).any(axis=1).sum())
+    not_finite = int((~np.isfinite(outputs)).any(axis=tuple(range(1, outputs.ndim))).sum())
     if not len(labels):
         values = {name: _Value(None, "no observed row") for name in METRICS[task.kind]}
     elif not_finite:

@@ -1,11 +1,13 @@
 """Checkpoints: the whole train state with the position in the run, written atomically by Orbax."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from mtl_jax.errors import RunFolderError
@@ -36,7 +38,9 @@ class Checkpoints:
         folder = self.path / str(step)
         if folder.exists():  # a rerun over a damaged or equal checkpoint
             shutil.rmtree(folder)
-        ocp.save_checkpointables(folder, {"state": state, "progress": progress})
+        # One array of characters, because Orbax would write every number of a long history as an array of its own.
+        characters = np.frombuffer(json.dumps(progress).encode(), np.uint8)
+        ocp.save_checkpointables(folder, {"state": state, "progress": {"json": characters}})
         for old in self.steps()[:-KEEP]:
             if old != best:
                 shutil.rmtree(self.path / str(old))
@@ -73,4 +77,4 @@ class Checkpoints:
                 f"checkpoint '{folder}' cannot be read ({type(error).__name__}); expected the state of this model and "
                 "optimizer, undamaged. Remove that folder, or start in a new run folder"
             ) from error
-        return loaded["state"], loaded["progress"]
+        return loaded["state"], json.loads(bytes(np.asarray(loaded["progress"]["json"])))

@@ -99,10 +99,5 @@ def cpu_model() -> str:
 
 
 if __name__ == "__main__":
-    facts = {
-        **describe(),
-        "commit": commit(Path(__file__).parent),
-        "versions": versions("numpy", "jax", "flax", "optax", "torch"),
-        "gemm_gflops": round(gemm_gflops(), 1),
-    }
+    facts = {"machine": describe(), "commit": commit(Path(__file__).parent), "gemm_gflops": round(gemm_gflops(), 1)}
     print(json.dumps(facts, indent=2))

@@ -84,6 +84,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
     return data
 
 
+def input_width(data: Data) -> int:
+    """Width of the experts' input: an embedding a feature, and the dense columns."""
+    return len(data["table_sizes"]) * EMBEDDING + data["train_dense"].shape[1]
+
+
 def time_epochs(train_epoch: Callable[[], object], epochs: int) -> tuple[float, list[float]]:
     """Seconds of one warm-up epoch, and of each of the ``epochs`` that follow.
 

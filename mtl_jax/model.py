@@ -61,7 +61,7 @@ class MultiTaskModel(nnx.Module):
       >>> model = mtl_jax.MultiTaskModel(data.schema, sharing=sharing, rngs=nnx.Rngs(0))
       >>> outputs = model(as_batch(data.for_training().train))
       >>> {task: z.shape for task, z in outputs.items()}
-      {'y1': (240,), 'y2': (240,)}
+      {'y1': (250,), 'y2': (250,)}
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """A careful PyTorch loop: the benchmark's MMoE over tensors that are loaded once.
 
-    python benchmarks/peers/torch_loop.py DATA.npz --epochs 2 --json OUT.json
+python benchmarks/peers/torch_loop.py DATA.npz --epochs 2 --json OUT.json
 """
 
 import copy
@@ -27,9 +27,8 @@ def run(data: worker.Data, epochs: int, batch_size: int, seed: int) -> dict:
     """Trains 1 + ``epochs`` epochs and measures the last ``epochs`` of them."""
     keep_freed_memory()
     torch.manual_seed(seed)
-    sizes, num_dense = data["table_sizes"].tolist(), data["train_dense"].shape[1]
-    tables = OneTable(sizes)
-    model = MMoE(tables, num_inputs=len(sizes) * worker.EMBEDDING + num_dense)
+    tables = OneTable(data["table_sizes"].tolist())
+    model = MMoE(tables, num_inputs=worker.input_width(data))
     train, test = (
         (tables.rows_of(torch.from_numpy(data[f"{part}_ids"])),)
         + tuple(torch.from_numpy(data[f"{part}_{name}"]) for name in ("dense", "labels"))

@@ -85,9 +85,8 @@ def variant(
 ) -> Callable[[], None]:
     """A function that trains a few steps."""
     torch.manual_seed(0)
-    sizes, dense = data["table_sizes"].tolist(), torch.from_numpy(data["train_dense"])
-    lookup = tables(sizes)
-    model = MMoE(lookup, num_inputs=len(sizes) * worker.EMBEDDING + dense.shape[1], experts=experts)
+    lookup, dense = tables(data["table_sizes"].tolist()), torch.from_numpy(data["train_dense"])
+    model = MMoE(lookup, num_inputs=worker.input_width(data), experts=experts)
     optimizer = torch.optim.Adam(model.parameters(), lr=worker.LEARNING_RATE, **(adam or {"fused": True}))
     ids, labels = lookup.rows_of(torch.from_numpy(data["train_ids"])), torch.from_numpy(data["train_labels"])
     return partial(train_steps, transform(model), optimizer, ids, dense, labels, options.steps, options.batch_size)

@@ -1,0 +1,327 @@
+"""fit: against a textbook loop; interrupted, resumed, stopped, selected."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtl_jax
+from mtl_jax.balancing import fixed, pcgrad
+from mtl_jax.data import Dataset
+from mtl_jax.data.batching import as_batch, epoch_order, take
+from mtl_jax.errors import ConfigError, RunFolderError, TrainingError
+from mtl_jax.metrics import evaluate
+from mtl_jax.train import Objective, Optimizer, Quiet, fit
+from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.state import Functional
+
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
+
+
+@pytest.fixture(scope="module")
+def data(small_schema, make_data):
+    """50 rows to train on: four steps of 16 an epoch, the last one padded."""
+    return make_data(small_schema)
+
+
+@pytest.fixture(scope="module")
+def train(data, make_model, quick_compilation_of_module):
+    """A run with dropout, a stochastic balancer and a table by rows, unless told otherwise."""
+
+    def run(data=data, *, dropout=0.2, sharing="shared_bottom", model_seed=0, **options):
+        defaults = {"balancer": pcgrad(), "optimizer": Optimizer(learning_rate=0.03), "epochs": 3, "batch_size": 16}
+        defaults |= {"patience": 0, "steps_per_call": 1, "table_updates": "sparse"}
+        model = make_model(data.schema, sharing, seed=model_seed, dropout=dropout)
+        return fit(model, data, **defaults | options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train):
+    return train()
+
+
+def arrays(result):
+    _, params, rest = Functional.of(result.model)
+    return {path: np.asarray(array) for path, array in (params | rest).items()}
+
+
+def assert_same_run(one, other):
+    jax.tree.map(np.testing.assert_array_equal, arrays(one), arrays(other))
+    assert one.history == other.history
+    assert one.monitor == other.monitor
+    assert one.metrics == other.metrics
+    assert one.support == other.support
+
+
+class Interrupting(Quiet):
+    """Raises when a call of ``advanced`` begins, and keeps what it was told."""
+
+    def __init__(self, at=None):
+        self.at, self.begun, self.steps, self.epochs, self.closed = at, None, [], [], False
+
+    def started(self, *, total_steps, done_steps):
+        self.begun = (total_steps, done_steps)
+
+    def advanced(self, *, steps, epoch, losses, examples_per_second):
+        self.steps.append(steps)
+        assert all(type(loss) is float or isinstance(loss, np.floating) for loss in losses.values())
+        if len(self.steps) == self.at:
+            raise KeyboardInterrupt
+
+    def evaluated(self, *, epoch, values, monitor, best, history):
+        self.epochs.append((epoch, monitor, best))
+
+    def finished(self):
+        self.closed = True
+
+
+def test_equals_a_textbook_loop(data, make_model):
+    """Adam on 2 L_click + L_spend over the batches of the epochs, written with jax.grad on the model's output."""
+    model = make_model(data.schema)
+    options = {"balancer": fixed(weights=[2.0, 1.0]), "optimizer": optax.adam(0.02), "table_updates": "dense"}
+    result = fit(model, data, epochs=3, batch_size=16, seed=4, patience=0, **options)
+    functional, params, _ = Functional.of(model)
+
+    @jax.jit
+    def gradient(params, batch):
+        def objective(params):
+            outputs, total = functional.merge(params)(batch), 0.0
+            for name, factor in (("click", 2.0), ("spend", 1.0)):
+                scale = batch["mask"][name] * batch["weight"]
+                labels = jnp.where(scale > 0, batch["labels"][name], 0)
+                logits = outputs[name]
+                losses = jnp.logaddexp(0, logits) - labels * logits if name == "click" else (logits - labels) ** 2
+                total += factor * (scale * losses).sum() / jnp.maximum(scale.sum(), 1e-30)
+            return total
+
+        return jax.grad(objective)(params)
+
+    adam, rows = optax.adam(0.02), as_batch(data.train)
+    state, scores = adam.init(params), []
+    for epoch in range(3):
+        for order in epoch_order(50, 16, seed=4, epoch=epoch):
+            updates, state = adam.update(gradient(params, take(rows, jnp.asarray(order))), state, params)
+            params = optax.apply_updates(params, updates)
+        outputs = jax.tree.map(np.asarray, functional.merge(params)(as_batch(data.valid)))
+        scores.append(evaluate(data.schema.tasks, outputs, data.valid)[0])
+    last = {path: array for path, array in arrays(result).items()}
+    assert result.monitor["step"] == 12, "the world is easy: the last epoch is the best"
+    for path in params:
+        np.testing.assert_allclose(last[path], params[path], rtol=2e-4, atol=2e-5, err_msg=path)
+    recorded = [row["value"] for row in result.history if row["name"] == "auc"]
+    np.testing.assert_allclose(recorded, [score["click"]["auc"] for score in scores], rtol=1e-6)
+    assert result.monitor["value"] > 0
+
+
+def test_result_tells_what_happened(undisturbed, data):
+    """Every epoch has losses, weights and metrics; the selection is the best epoch; numbers fit the model and data."""
+    gains = {row["step"]: row["value"] for row in undisturbed.history if row["name"] == "mean_gain"}
+    assert sorted(gains) == [4, 8, 12]
+    assert undisturbed.monitor == {"name": "mean_gain", "step": max(gains, key=gains.get), "value": max(gains.values())}
+    selected = {(row["task"], row["name"]): row["value"] for row in undisturbed.history
+                if row["part"] == "valid" and row["task"] and row["step"] == undisturbed.monitor["step"]}  # fmt: skip
+    assert selected == {(t, m): v for t, metrics in undisturbed.metrics["valid"].items() for m, v in metrics.items()}
+    outputs = undisturbed.predict(data.valid)
+    assert evaluate(data.schema.tasks, outputs, data.valid)[0] == undisturbed.metrics["valid"]
+    losses = [row for row in undisturbed.history if row["part"] == "train" and row["name"] == "loss"]
+    assert [row["task"] for row in losses] == ["click", "spend"] * 3
+    assert losses[-1]["value"] < losses[1]["value"]
+    assert undisturbed.timing["steps"] == 12
+    counts = undisturbed.params
+    assert counts["embedding"] == 20 * 3
+    assert counts["total"] == sum(array.size for array in arrays(undisturbed).values())
+    assert counts["embedding"] + counts["shared"] + counts["task"] == counts["total"]
+    assert undisturbed.table_updates == {"user": "sparse"}
+    assert undisturbed.diagnostics["skipped_steps"] == 0
+
+
+def test_seeds(train, undisturbed):
+    """The same seed gives the same bits, another one another order, other dropout and other parameters."""
+    assert_same_run(train(), undisturbed)
+    other = train(seed=1)
+    assert all(np.any(other_array != arrays(undisturbed)[path]) for path, other_array in arrays(other).items())
+
+
+def test_the_model_stays_as_it_was(data, make_model, undisturbed):
+    model = make_model(data.schema)
+    before = {path: np.asarray(array) for path, array in Functional.of(model)[1].items()}
+    fit(model, data, epochs=1, batch_size=16)
+    jax.tree.map(np.testing.assert_array_equal, before, Functional.of(model)[1])
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, train, undisturbed, at):
+    """An exception in the third (sixth) of twelve steps, between two checkpoints: the rest gives the same bits."""
+    first = Interrupting(at)
+    options = {"checkpoints": tmp_path, "checkpoint_seconds": 0}
+    with pytest.raises(KeyboardInterrupt):
+        train(observer=first, **options)
+    assert first.closed and first.begun == (12, 0)
+    assert Checkpoints(tmp_path).steps()[-1] == at - 1
+    second = Interrupting()
+    resumed = train(observer=second, **options)
+    assert second.begun == (12, at - 1) and sum(second.steps) == 12 - (at - 1)
+    assert_same_run(resumed, undisturbed)
+
+    third = Interrupting()
+    again = train(observer=third, **options)
+    assert third.steps == [] and again.timing["compile_seconds"] == 0
+    assert_same_run(again, undisturbed)
+
+
+def test_a_damaged_checkpoint_costs_the_way_back_to_the_one_before(tmp_path, train, undisturbed):
+    options = {"checkpoints": tmp_path, "checkpoint_seconds": 0}
+    with pytest.raises(KeyboardInterrupt):
+        train(observer=Interrupting(7), **options)
+    newest = tmp_path / "6"
+    for path in newest.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    observer = Interrupting()
+    assert_same_run(train(observer=observer, **options), undisturbed)
+    assert observer.begun == (12, 5)
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path, train):
+    with pytest.raises(KeyboardInterrupt):
+        train(observer=Interrupting(2), checkpoints=tmp_path, checkpoint_seconds=0)
+    with pytest.raises(RunFolderError, match="expected the state of this model and optimizer"):
+        train(sharing="mmoe", checkpoints=tmp_path)
+    with pytest.raises(RunFolderError, match="start in a new run folder"):
+        train(optimizer=Optimizer(optax.trace(0.9)), checkpoints=tmp_path)
+
+
+def rise_and_fall(epochs, steps_an_epoch=4):
+    """Descends for some epochs and climbs afterwards."""
+    return lambda step: jnp.where(step < epochs * steps_an_epoch, 0.03, -0.03)
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["checkpoints", "in memory"])
+def test_stops_early_and_selects_the_best(tmp_path, train, keeps):
+    """Training turns round after two epochs: with patience 2 it ends after four, with the parameters of the second."""
+    observer = Interrupting()
+    options = {"dropout": 0.0, "checkpoints": tmp_path if keeps else None}
+    climbing = Optimizer(learning_rate=rise_and_fall(2))
+    result = train(optimizer=climbing, epochs=9, patience=2, observer=observer, **options)
+    assert [best for _, _, best in observer.epochs] == [True, True, False, False]
+    assert result.monitor["step"] == 8 and result.timing["steps"] == 16
+    short = train(optimizer=climbing, epochs=2, dropout=0.0)
+    jax.tree.map(np.testing.assert_array_equal, arrays(result), arrays(short))
+    assert result.metrics == short.metrics and result.history[: len(short.history)] == short.history
+    assert (tmp_path / "8").exists() == keeps
+
+
+def test_without_patience_all_epochs_run(train):
+    observer = Interrupting()
+    optimizer = Optimizer(learning_rate=rise_and_fall(1))
+    result = train(optimizer=optimizer, epochs=5, patience=0, dropout=0.0, monitor="spend/rmse", observer=observer)
+    assert len(observer.epochs) == 5
+    values = [value for _, value, _ in observer.epochs]
+    assert result.monitor == {"name": "spend/rmse", "value": min(values), "step": 4} and values[0] == min(values)
+
+
+def test_dropout_is_for_training_only(train, data, make_model):
+    """With frozen parameters the training loss shows dropout, predictions and validation do not."""
+    frozen = Optimizer(optax.set_to_zero(), learning_rate=1.0)
+    plain, dropped = (train(dropout=rate, optimizer=frozen, epochs=1) for rate in (0.0, 0.5))
+    loss = lambda result: [row["value"] for row in result.history if row["name"] == "loss"]  # noqa: E731
+    outputs = make_model(data.schema)(as_batch(data.train))
+    scale = data.train.mask["spend"] * data.train.weight
+    elements = (np.asarray(outputs["spend"]) - np.nan_to_num(data.train.labels["spend"])) ** 2
+    assert loss(plain)[1] == pytest.approx((scale * elements).sum() / scale.sum(), rel=1e-5)
+    assert loss(dropped)[1] != pytest.approx(loss(plain)[1], rel=1e-3)
+    assert plain.metrics == dropped.metrics
+    jax.tree.map(np.testing.assert_array_equal, plain.predict(data.valid), dropped.predict(data.valid))
+
+
+def poisoned(data, field, row):
+    """The data with a NaN feature, or with one label that float32 cannot square."""
+    if field == "dense":
+        dense = data.train.dense.copy()
+        dense[row] = np.nan
+        rows = dataclasses.replace(data.train, dense=dense)
+    else:
+        labels = {name: values.copy() for name, values in data.train.labels.items()}
+        mask = {name: values.copy() for name, values in data.train.mask.items()}
+        labels["spend"][row], mask["spend"][row] = 1e30, True
+        rows = dataclasses.replace(data.train, labels=labels, mask=mask)
+    return dataclasses.replace(data, train=rows)
+
+
+def test_a_nonfinite_loss_stops_the_run(tmp_path, train, data):
+    """The row is met in the third step: the message says so, and the checkpoint of the second one is whole."""
+    row = epoch_order(50, 16, seed=0, epoch=0)[2, 5]
+    spoilt = poisoned(data, "labels", row)
+    message = rf"loss of \['spend'\] is not finite in step 3 \(epoch 1\).*checkpoint of step 2 in '{tmp_path}'.*skip"
+    with pytest.raises(TrainingError, match=message):
+        train(spoilt, checkpoints=tmp_path, checkpoint_seconds=0)
+    assert Checkpoints(tmp_path).steps() == [1, 2]
+    with pytest.raises(TrainingError, match="no checkpoint was written"):
+        train(spoilt, steps_per_call=8)
+
+
+def test_nonfinite_steps_can_be_skipped(train, data, undisturbed):
+    row = epoch_order(50, 16, seed=0, epoch=0)[2, 5]
+    result = train(poisoned(data, "dense", row), objective=Objective(nonfinite="skip"))
+    assert result.diagnostics["skipped_steps"] == 3, "the row is met once an epoch"
+    assert result.timing["steps"] == 12
+    assert all(np.all(np.isfinite(array)) for array in arrays(result).values())
+    assert all(row["value"] is not None for row in result.history if row["name"] == "loss")
+
+
+class Sealed(Dataset):
+    """A data set whose test part must not be touched."""
+
+    def open_test(self):
+        raise AssertionError("the test part was opened")
+
+    def part(self, part):
+        assert part != "test", "test rows were read"
+        return super().part(part)
+
+
+def test_the_test_part_stays_closed(make_model):
+    """A run neither opens it nor depends on it."""
+    whole = mtl_jax.data.load("synthetic", num_rows=200, dim=3)
+    fields = {field.name: getattr(whole, field.name) for field in dataclasses.fields(whole)}
+    options = {"epochs": 2, "batch_size": 64}
+    results = [fit(make_model(whole.schema), data, **options) for data in (Sealed(**fields), whole.for_training())]
+    assert_same_run(*results)
+
+
+def test_single_task_is_separate_runs(train, data):
+    """Private tables and towers, no clipping: each task trains as it would alone, dropout and lazy rows included."""
+    together = arrays(train(sharing="single_task", balancer=fixed(weights=1.0), epochs=1))
+    for name in data.schema.task_names:
+        alone = dataclasses.replace(data, schema=data.schema.with_tasks([name]))
+        separate = arrays(train(alone, sharing="single_task", balancer=fixed(weights=1.0), epochs=1))
+        assert set(separate) == {path for path in together if f"task/{name}/" in path}
+        for path, array in separate.items():
+            np.testing.assert_allclose(array, together[path], rtol=1e-6, atol=1e-7, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "trainer.epochs is 0; expected a number >= 1"),
+        ({"batch_size": 0}, "trainer.batch_size is 0"),
+        ({"patience": -1}, "trainer.patience is -1"),
+        ({"steps_per_call": 0}, "trainer.steps_per_call is 0"),
+        ({"checkpoint_seconds": float("nan")}, "trainer.checkpoint_seconds is nan"),
+        ({"monitor": "spend/auc"}, "trainer.monitor is 'spend/auc'; expected one of"),
+        ({"optimizer": "adam"}, "optimizer is 'adam'"),
+        ({"table_updates": "lazy"}, "'lazy'.*expected auto, dense or sparse"),
+        ({"table_updates": {"shop": "dense"}}, "names 'shop'"),
+        ({"sharing": "single_task"}, "balancing 'PCGrad'.*the model has none"),
+        ({"balancer": fixed(weights=[1.0, 2.0, 3.0])}, "fixed"),
+        ({"parallel": "magic"}, "parallel is 'magic'"),
+    ],
+)
+def test_wrong_options_are_refused(train, options, message):
+    with pytest.raises(ConfigError, match=message):
+        train(**options)

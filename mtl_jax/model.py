@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema
-from mtl_jax.errors import SchemaError
+from mtl_jax.errors import ConfigError, SchemaError
 from mtl_jax.nn import Context, Encoder, Lookup, Table, Tower, stream
 from mtl_jax.sharing import SharedBottom
 
@@ -41,6 +41,7 @@ class MultiTaskModel(nnx.Module):
       encoder: ``(num_lookups, num_dense, *, rngs) -> module`` with ``embedding_dim``, ``stddev``, ``out_features``.
       sharing: ``(in_features, tasks, *, rngs) -> Strategy``.
       towers: ``(in_features, out_features, *, rngs) -> module``, once per task.
+      link: None. The place of what will tie tasks together at their logits (ESMM and its like); there is none yet.
       rngs: Initialisation. Every part draws from a stream named after it, so a task starts from the same tower and
         private tables whatever the other tasks are.
 
@@ -71,9 +72,12 @@ class MultiTaskModel(nnx.Module):
         encoder: Callable[..., nnx.Module] = Encoder,
         sharing: Callable[..., nnx.Module] = SharedBottom,
         towers: Callable[..., nnx.Module] = Tower,
+        link: None = None,
         rngs: nnx.Rngs,
     ):
         _check(schema)
+        if link is not None:
+            raise ConfigError(f"link is {link!r}; expected None, because this version has no links. Leave it out")
         key = rngs.params()
         self.features = tuple(f for f in schema.features if not isinstance(f, Numeric))
         self.task_names = schema.task_names

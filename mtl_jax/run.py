@@ -268,9 +268,13 @@ class _Recorder:
 
     def evaluated(self, *, history: Sequence[Mapping[str, Any]], **facts: Any) -> None:
         self.home.write_history(history)
-        values = "  ".join(f"{name} {value}" for name, value in facts["values"].items())
-        self.home.log(f"epoch {facts['epoch']}  {values}  monitor {facts['monitor']}")
+        values = "  ".join(f"{name} {_shown(value)}" for name, value in facts["values"].items())
+        self.home.log(f"epoch {facts['epoch']}  {values}  monitor {_shown(facts['monitor'])}")
         self.inner.evaluated(history=history, **facts)
 
     def finished(self) -> None:
         self.inner.finished()
+
+
+def _shown(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.5f}"

@@ -9,7 +9,9 @@ import pytest
 import mtl_jax
 
 MODULES = sorted(
-    module.name for module in pkgutil.walk_packages(mtl_jax.__path__, "mtl_jax.") if not module.name.endswith("__main__")
+    module.name
+    for module in pkgutil.walk_packages(mtl_jax.__path__, "mtl_jax.")
+    if not module.name.endswith("__main__")
 )
 
 

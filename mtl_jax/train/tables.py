@@ -132,5 +132,7 @@ def update_rows(
     return put(table, old + updates), jax.tree.map(put, state, new_state)
 
 
-def _of_weighted_rows(ids: Int[Array, "batch *length"], weight: Float[Array, " batch"] | None) -> Int[Array, "batch *length"]:
+def _of_weighted_rows(
+    ids: Int[Array, "batch *length"], weight: Float[Array, " batch"] | None
+) -> Int[Array, "batch *length"]:
     return ids if weight is None else jnp.where(jnp.expand_dims(weight > 0, range(1, ids.ndim)), ids, PAD_ID)

@@ -78,7 +78,14 @@ class World:
         @jax.jit
         def run(params):
             return balanced_gradients(
-                self.common, heads, params, balancer=balancer, state=state, key=KEY, options=options, regulariser=regulariser
+                self.common,
+                heads,
+                params,
+                balancer=balancer,
+                state=state,
+                key=KEY,
+                options=options,
+                regulariser=regulariser,
             )
 
         return run(self.params)

@@ -151,7 +151,9 @@ def primitives(jaxpr):
     """Names of all primitives of a program, those of its inner programs included."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+        for value in jax.tree.leaves(
+            equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from primitives(inner)

@@ -114,6 +114,17 @@ def test_dropout_is_random_in_training_only(strategy):
     np.testing.assert_array_equal(one, again)
 
 
+def test_single_tasks_drop_units_of_their_own():
+    """Networks with equal weights, under one key: the masks go by the task's name."""
+    strategy = SingleTask(6, TASKS, units=(16,), dropout=0.5, share_embeddings=True, rngs=nnx.Rngs(0))
+    nnx.update(strategy.task["buy"], nnx.state(strategy.task["click"]))
+    x = jnp.ones((9, 6))
+    outputs = strategy(x)
+    np.testing.assert_array_equal(outputs["buy"], outputs["click"])
+    outputs = strategy(x, Context(train=True, rngs=jax.random.key(0)))
+    assert np.any(outputs["buy"] != outputs["click"])
+
+
 def test_parameter_counts():
     count = lambda module: sum(p.size for p in jax.tree.leaves(nnx.state(module, nnx.Param)))  # noqa: E731
     network = 6 * 7 + 7 + 7 * 4 + 4

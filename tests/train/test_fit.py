@@ -90,23 +90,27 @@ def test_equals_a_textbook_loop(data, make_model):
     @jax.jit
     def gradient(params, batch):
         def objective(params):
-            outputs, total = functional.merge(params)(batch), 0.0
+            outputs, total, sums = functional.merge(params)(batch), 0.0, []
             for name, factor in (("click", 2.0), ("spend", 1.0)):
                 scale = batch["mask"][name] * batch["weight"]
                 labels = jnp.where(scale > 0, batch["labels"][name], 0)
                 logits = outputs[name]
                 losses = jnp.logaddexp(0, logits) - labels * logits if name == "click" else (logits - labels) ** 2
                 total += factor * (scale * losses).sum() / jnp.maximum(scale.sum(), 1e-30)
-            return total
+                sums.append(jnp.stack([(scale * losses).sum(), scale.sum()]))
+            return total, jnp.stack(sums)
 
-        return jax.grad(objective)(params)
+        return jax.grad(objective, has_aux=True)(params)
 
     adam, rows = optax.adam(0.02), as_batch(data.train)
-    state, scores = adam.init(params), []
+    state, scores, losses = adam.init(params), [], []
     for epoch in range(3):
+        total = 0.0
         for order in epoch_order(50, 16, seed=4, epoch=epoch):
-            updates, state = adam.update(gradient(params, take(rows, jnp.asarray(order))), state, params)
-            params = optax.apply_updates(params, updates)
+            gradients, sums = gradient(params, take(rows, jnp.asarray(order)))
+            updates, state = adam.update(gradients, state, params)
+            params, total = optax.apply_updates(params, updates), total + sums
+        losses.extend(total[:, 0] / total[:, 1])  # of the rows as the epoch met them
         outputs = jax.tree.map(np.asarray, functional.merge(params)(as_batch(data.valid)))
         scores.append(evaluate(data.schema.tasks, outputs, data.valid)[0])
     last = {path: array for path, array in arrays(result).items()}
@@ -115,6 +119,8 @@ def test_equals_a_textbook_loop(data, make_model):
         np.testing.assert_allclose(last[path], params[path], rtol=2e-4, atol=2e-5, err_msg=path)
     recorded = [row["value"] for row in result.history if row["name"] == "auc"]
     np.testing.assert_allclose(recorded, [score["click"]["auc"] for score in scores], rtol=1e-6)
+    recorded = [row["value"] for row in result.history if row["name"] == "loss"]
+    np.testing.assert_allclose(recorded, losses, rtol=1e-4)
     assert result.monitor["value"] > 0
 
 

@@ -83,7 +83,7 @@ def one_step(model, batch, objective, balancer, tasks=SCHEMA.tasks):
 @pytest.mark.parametrize(
     ("reduction", "over_tasks", "value", "theta", "phi", "masked_value", "masked_theta", "masked_phi_two"),
     [
-        # residuals (1, 0, -2) and (1, 0, 3); sums of squares 5 and 10 (1 when masked); their slopes in theta -10, 40 (4)
+        # residuals (1, 0, -2) and (1, 0, 3); sums of squares 5 and 10 (1 when masked); slopes in theta -10, 40 (4)
         ("sum", "mean", 7.5, 15, (-5, 10), 3, -3, 1),
         ("sum", "sum", 15, 30, (-10, 20), 6, -6, 2),
         ("mean", "sum", 5, 10, (-10 / 3, 20 / 3), 13 / 6, -4 / 3, 1),
@@ -100,7 +100,7 @@ def test_hand_example(model, reduction, over_tasks, value, theta, phi, masked_va
 
 
 def test_textbook_form(model):
-    """reduction=sum with equal(mean) is the gradient of (1/n) sum_i sum_j l(theta, phi_i; x_ij, y_ij) as it is written."""
+    """reduction=sum with equal(mean) is the gradient of (1/n) sum_i sum_j l(theta, phi_i; x_ij, y_ij) as written."""
 
     def written_out(theta, phi):
         x = jnp.array([1.0, 2, 3])

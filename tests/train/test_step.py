@@ -46,7 +46,7 @@ def assert_same(one, other, **tolerance):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_padding_changes_nothing(rich_schema, make_step, make_rows):
-    """Rows of weight 0 with NaN labels and other ids: the same step, also for the moments of the rows that they name."""
+    """Rows of weight 0 with NaN labels and other ids: the same step, also for the moments of the rows they name."""
     rows = as_batch(make_rows(rich_schema, 40))
     rows["labels"] = {name: jnp.where(jnp.arange(40) < 24, y, y.dtype.type(np.nan) if y.dtype == np.float32 else -1)
                       for name, y in rows["labels"].items()}  # fmt: skip

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 STATUS = Path("/proc/self/status")
+STAT = Path("/proc/stat")
 
 
 def describe() -> dict[str, str | int | None]:
@@ -82,6 +83,26 @@ def peak_resident_bytes() -> int:
         return int(kilobytes) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def busy_seconds() -> float | None:
+    """Seconds that the usable cores have worked since boot, for anyone, stolen ones included; None where unknown."""
+    if not STAT.exists():
+        return None
+    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in STAT.read_text().splitlines():
+        name, *fields = line.split()
+        if name in cores:
+            user, nice, system, _idle, _iowait, interrupts, soft_interrupts, stolen = map(int, fields[:8])
+            ticks += user + nice + system + interrupts + soft_interrupts + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def children_seconds() -> float:
+    """Seconds that this process's ended children have worked."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def usable_cores() -> int:

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import worker
+from benchmarks import machine, worker
 from benchmarks.ours import run_ours
 
 OURS = "mtl_jax"
 PEERS = {"rechub": "rechub.py", "torch_loop": "torch_loop.py"}
+QUIET = 0.05
+"""Share of the cores' time that other processes may take before the table says so."""
 COLUMNS = ("", "examples/s", "range", "ours is", "GFLOP/s", "of GEMM", "AUC click", "AUC like", "warm-up", "memory")
 
 
@@ -152,10 +155,15 @@ def schedule(names: Sequence[str], repeats: int) -> list[list[str]]:
 
 
 def run(command: Sequence[str], data: Path, out: Path, options: argparse.Namespace, *, seed: int) -> dict[str, Any]:
-    """The result of one competitor's process."""
+    """The result of one competitor's process, and the share of the cores' time that others took meanwhile."""
     arguments = [str(data), "--epochs", str(options.epochs), "--batch-size", str(options.batch_size)]
+    start, busy, ours = time.perf_counter(), machine.busy_seconds(), machine.children_seconds()
     output([*command, *arguments, "--seed", str(seed), "--json", str(out)])
-    return json.loads(out.read_text())
+    available = (time.perf_counter() - start) * machine.usable_cores()
+    elsewhere = None
+    if busy is not None:
+        elsewhere = max(0.0, (machine.busy_seconds() - busy - machine.children_seconds() + ours) / available)
+    return json.loads(out.read_text()) | {"busy_elsewhere": elsewhere}
 
 
 def machine_facts() -> dict[str, Any]:
@@ -239,9 +247,14 @@ def table(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def caption(record: Mapping[str, Any]) -> str:
-    machine, settings = record["machine"], record["settings"]
-    return (
-        f"{machine['cpu']}, {settings['threads']} threads, matrix product {record['gemm_gflops']:.0f} GFLOP/s; "
+    settings = record["settings"]
+    busy = max((run["busy_elsewhere"] or 0.0 for run in record["runs"]), default=0.0)
+    warning = (
+        f"Other processes took up to {busy:.0%} of the cores: threads that wait for each other in OpenMP then lose far "
+        "more than that, and the ratios say nothing. Measure again on a quiet machine. "
+    )
+    return (warning if busy > QUIET else "") + (
+        f"{record['machine']['cpu']}, {settings['threads']} threads, matrix product {record['gemm_gflops']:.0f} GFLOP/s; "
         f"{settings['train_rows']:,} rows, {settings['epochs']} epochs after one that warms up, "
         f"{settings['repeats']} rounds; {record['flop_per_example'] / 1e6:.2f} MFLOP an example; "
         f"commit {record['commit']}, {record['date']}"

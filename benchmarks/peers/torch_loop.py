@@ -5,6 +5,7 @@ python benchmarks/peers/torch_loop.py DATA.npz --epochs 2 --json OUT.json
 
 import copy
 import ctypes
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ def run(data: worker.Data, epochs: int, batch_size: int, seed: int) -> dict:
         + tuple(torch.from_numpy(data[f"{part}_{name}"]) for name in ("dense", "labels"))
         for part in ("train", "test")
     )
-    layout = model.compute_experts = fastest_experts(model, *(array[:batch_size] for array in train))
+    layout = model.compute_experts = fastest_experts(model, train, batch_size=batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=worker.LEARNING_RATE, fused=True)
     warmup, seconds = worker.time_epochs(lambda: train_epoch(model, optimizer, *train, batch_size=batch_size), epochs)
     scores = predict(model, *test[:2], batch_size=batch_size)
@@ -53,7 +54,7 @@ def train_epoch(
 ) -> None:
     """One pass in a new random order; the last batch is the rest."""
     for rows in torch.randperm(len(ids)).split(batch_size):
-        train_step(model, optimizer, ids.index_select(0, rows), dense.index_select(0, rows), labels[rows])
+        train_step(model, optimizer, *(array.index_select(0, rows) for array in (ids, dense, labels)))
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, dense: Tensor, labels: Tensor) -> None:
@@ -64,20 +65,23 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, 
     optimizer.step()
 
 
-def fastest_experts(model: "MMoE", ids: Tensor, dense: Tensor, labels: Tensor, *, turns: int = 8) -> Experts:
-    """The layout of the experts that is fastest here: the best time of gradient steps that take turns.
+def fastest_experts(
+    model: "MMoE", arrays: tuple[Tensor, Tensor, Tensor], *, batch_size: int, turns: int = 10, steps: int = 3
+) -> Experts:
+    """The layout of the experts that is fastest here: the median time of a few real steps, all layouts taking turns.
 
     The steps are of a copy, so training starts from the same parameters whatever was tried.
     """
     trial = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(trial.parameters(), lr=0.0)
-    best = dict.fromkeys(EXPERTS, float("inf"))
+    optimizer = torch.optim.Adam(trial.parameters(), lr=worker.LEARNING_RATE, fused=True)
+    seconds: dict[str, list[float]] = {name: [] for name in EXPERTS}
     for _ in range(turns):
         for name, trial.compute_experts in EXPERTS.items():
             start = time.perf_counter()
-            train_step(trial, optimizer, ids, dense, labels)
-            best[name] = min(best[name], time.perf_counter() - start)
-    return EXPERTS[min(best, key=best.__getitem__)]
+            for rows in torch.randint(len(arrays[0]), (steps, batch_size)):
+                train_step(trial, optimizer, *(array.index_select(0, rows) for array in arrays))
+            seconds[name].append(time.perf_counter() - start)
+    return EXPERTS[min(seconds, key=lambda name: statistics.median(seconds[name]))]
 
 
 @torch.inference_mode()
@@ -104,7 +108,7 @@ class OneTable(nn.Module):
 
 
 class MMoE(nn.Module):
-    """Experts (ReLU after each layer), a linear softmax gate without bias a task, and a tower of one hidden layer a task.
+    """Experts, and for every task a linear softmax gate without bias and a tower of one hidden layer.
 
     Args:
       tables: Module from ids to the concatenated embeddings.

@@ -193,12 +193,13 @@ def _known(config: Mapping[str, Any], names: Mapping[str, str], dataset: Dataset
     device = jax.devices()[0]
     info = dataset.info
     summary = dataset.summary()
-    target = lambda node: str(node["_target_"]).split(".")[-1]  # noqa: E731
     return {
         "run_id": name,
         "config": dict(config),
         "config_hash": config_hash(config),
-        "method": {key: names.get(key) or target(config[key]) for key in ("sharing", "balancing")},
+        "method": {
+            key: names.get(key) or str(config[key]["_target_"]).split(".")[-1] for key in ("sharing", "balancing")
+        },
         "tasks": {
             t.name: {
                 "kind": t.kind,

@@ -15,18 +15,16 @@ class Kind:
       losses: Names of functions in :mod:`mtl_jax.losses`; the first is the default.
       metric: Name of the monitored metric.
       higher_is_better: Its direction.
-      integer_labels: Whether labels are class indices (int32) rather than f32 values.
     """
 
     losses: tuple[str, ...]
     metric: str
     higher_is_better: bool
-    integer_labels: bool = False
 
 
 KINDS: dict[str, Kind] = {
     "binary": Kind(("bce",), "auc", True),
-    "multiclass": Kind(("softmax", "sampled_softmax"), "accuracy", True, integer_labels=True),
+    "multiclass": Kind(("softmax", "sampled_softmax"), "accuracy", True),
     "regression": Kind(("squared", "huber"), "rmse", False),
 }
 TRANSFORMS = ("none", "log1p")

@@ -136,7 +136,7 @@ def fit(
             session.save(state, position)
     finally:
         session.observer.finished()
-    return session.result(model, state, position, choices, time.perf_counter() - started)
+    return session.result(state, position, choices, time.perf_counter() - started)
 
 
 @dataclasses.dataclass
@@ -224,10 +224,8 @@ class _Session:
             self.checkpoints.save(at, state, dataclasses.asdict(position), best=position.best_step)
         self.saved = time.perf_counter()
 
-    def result(
-        self, model: MultiTaskModel, state: TrainState, position: Position, choices: dict[str, str], seconds: float
-    ) -> Result:
-        """The selected parameters in a copy of the model, with everything that was measured."""
+    def result(self, state: TrainState, position: Position, choices: dict[str, str], seconds: float) -> Result:
+        """The model with the selected parameters, and everything that was measured."""
         functional = self.step.functional
         if self.checkpoints:
             chosen, _ = self.checkpoints.load(position.best_step, state)

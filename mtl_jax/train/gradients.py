@@ -203,7 +203,7 @@ def _gramian(jacobian, pull, own_gradient, options: BalancingOptions) -> Float[A
 
     def in_scope(cotangent):
         pulled = pull(cotangent)
-        return {p: g for p, g in pulled.items() if label(p) == "shared" or options.scope != "encoder"}
+        return {path: gradient for path, gradient in pulled.items() if _in_scope(label(path), options.scope)}
 
     rows = jax.lax.map(in_scope, jacobian) if options.jacobian == "map" else jax.vmap(in_scope)(jacobian)
     products = gramian(rows)
@@ -211,6 +211,11 @@ def _gramian(jacobian, pull, own_gradient, options: BalancingOptions) -> Float[A
         squares = [sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)) for gradient in own_gradient.values()]
         products += jnp.diag(jnp.stack(squares))
     return products
+
+
+def _in_scope(kind: str, scope: str) -> bool:
+    """Whether parameters below the cut with this label count; private tables are heads, and do so under ``all`` only."""
+    return scope == "all" or kind == "shared" or (scope == "shared" and kind == "embedding")
 
 
 def _stack(losses: Mapping[str, TaskLoss]) -> TaskLoss:

@@ -71,6 +71,7 @@ class Position:
             self._record(at, "train", task, "weight", self.sums["weight"][index] / steps)
             for name, metric in values[task].items():
                 self._record(at, "valid", task, name, metric)
+        self._record(at, "train", None, "null_rows", self.sums["null_rows"])
         self._record(at, "valid", None, monitor, value)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
@@ -61,19 +60,14 @@ class Functional:
         """The static part, the trained arrays and the other arrays. The arrays are copies: a donated state owns them."""
         graphdef, trained, rest = nnx.split(model, nnx.Param, ...)
         trained, rest = _by_path(trained), _by_path(rest)
-        paths = {"/".join(map(str, path)): path for path in (*trained, *rest)}
-        join = lambda arrays: {"/".join(map(str, path)): jnp.copy(array) for path, array in arrays.items()}  # noqa: E731
-        trained, rest = join(trained), join(rest)
+        paths = {_join(path): path for path in (*trained, *rest)}
+        trained, rest = ({_join(path): jnp.copy(array) for path, array in arrays.items()} for arrays in (trained, rest))
         return cls(graphdef, paths, tuple(trained)), trained, rest
 
     def merge(self, *arrays: Params) -> MultiTaskModel:
         """The module with these arrays; together they must cover every path."""
         flat = {self.paths[path]: array for part in arrays for path, array in part.items()}
         return nnx.merge(self.graphdef, nnx.State(_nest(flat)))
-
-    def labels(self) -> dict[str, str]:
-        """Path -> label of every trained array."""
-        return {path: label(path) for path in self.param_paths}
 
 
 def count_parameters(arrays: Mapping[str, Array]) -> dict[str, int]:
@@ -85,14 +79,12 @@ def count_parameters(arrays: Mapping[str, Array]) -> dict[str, int]:
     return counts
 
 
-def same_structure(one: PyTree, other: PyTree) -> bool:
-    """Whether two pytrees have equal structure, shapes and dtypes."""
-    describe = lambda tree: jax.tree.map(lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))), tree)  # noqa: E731
-    return jax.tree.structure(one) == jax.tree.structure(other) and describe(one) == describe(other)
-
-
 def _by_path(state: nnx.State) -> dict[tuple, Array]:
     return {path: variable[...] for path, variable in nnx.to_flat_state(state)}
+
+
+def _join(path: tuple) -> str:
+    return "/".join(map(str, path))
 
 
 def _nest(flat: Mapping[tuple, Array]) -> dict:

@@ -202,8 +202,11 @@ class Step:
 
     def _sums(self, state: TrainState, balanced: Balanced, finite) -> Sums:
         counted = state.live & finite
-        keep = lambda array: jnp.where(counted, array, 0)  # noqa: E731
         bad = state.live & ~finite
+
+        def keep(array):
+            return jnp.where(counted, array, 0)
+
         return Sums(
             steps=counted.astype(jnp.int32),
             numerator=keep(balanced.losses.numerator),

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -201,3 +202,21 @@ def test_help_is_for_newcomers(tmp_path):
         "batch_size",
     ):
         assert words in shown
+
+
+def test_a_table_of_ones_own(tmp_path):
+    """The command of docs/own_data.md, on a CSV file."""
+    rng = np.random.default_rng(0)
+    customer = rng.integers(0, 100, 1500)
+    price = rng.gamma(2.0, 10.0, 1500)
+    buy = rng.random(1500) < 1 / (1 + np.exp(-(price - 20) / 14 - rng.normal(size=100)[customer]))
+    columns = {"customer": customer, "day": np.sort(rng.integers(0, 60, 1500)), "price": price, "buy": buy.astype(int)}
+    pl.DataFrame(columns | {"spend": price * rng.gamma(2.0, 1.0, 1500)}).write_csv(tmp_path / "orders.csv")
+    chosen = ["data=table", "data.path=orders.csv", "data.tasks={buy: binary, spend: regression}"]
+    small = [o for o in SMALL if not o.startswith("data")]
+    run(*chosen, "data.user=customer", "data.time=day", *small, cwd=tmp_path)
+    record = json.loads(only(tmp_path, "outputs/train/*/result.json").read_text())
+    validate(record)
+    assert record["data"]["split"] == "time"
+    assert {name: facts["kind"] for name, facts in record["tasks"].items()} == {"buy": "binary", "spend": "regression"}
+    assert record["metrics"]["test"]["buy"]["auc"] > 0.6

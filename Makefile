@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The two ends of what pyproject.toml allows, each in an environment of its own.
+PYTHON_NEWEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python) python3.12)
+PYTHON_LOWEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.11*/bin/python) python3.11)
+STACK_TESTS ?= tests
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-newest test-lowest audit lint format clean
 
 demo: $(VENV)/.run  ## trains on real shopping data and prints the result
 	$(BIN)/python -m experiments.train
@@ -16,6 +20,21 @@ test: $(VENV)/.test  ## the fast suite; fetches the data that it needs once
 test-slow: $(VENV)/.test  ## the rest
 	$(BIN)/python -m pytest -q -m slow --download-data
 
+test-newest: .venv-newest/bin/python  ## the fast suite on the newest releases; PYTHON_NEWEST names the interpreter (3.12)
+	.venv-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[test]'
+	.venv-newest/bin/python -m pip list
+	.venv-newest/bin/python -m pytest -q -m "not slow" --download-data $(STACK_TESTS)
+
+test-lowest: .venv-lowest/bin/python  ## the fast suite on the declared lower bounds; PYTHON_LOWEST names the interpreter (3.11)
+	.venv-lowest/bin/python .ci/lower_bounds.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install -q -c .venv-lowest/constraints.txt -e '.[test]'
+	.venv-lowest/bin/python -m pip list
+	.venv-lowest/bin/python -m pytest -q -m "not slow" --download-data $(STACK_TESTS)
+
+audit: $(VENV)/.test  ## known advisories of what is installed and of the lower bounds; asks pypi.org or api.osv.dev
+	$(BIN)/python -m pip install -q 'pip-audit>=2.7'
+	$(BIN)/python .ci/audit.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,10 +44,16 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-newest .venv-lowest outputs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
+
+.venv-newest/bin/python:
+	$(PYTHON_NEWEST) -m venv .venv-newest
+
+.venv-lowest/bin/python:
+	$(PYTHON_LOWEST) -m venv .venv-lowest
 
 $(VENV)/.run: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e .

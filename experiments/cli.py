@@ -1,19 +1,24 @@
 """What all command lines share: clear words instead of tracebacks for a user's mistakes."""
 
+import contextlib
 import difflib
 import functools
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl_jax.errors import MtlJaxError
+from experiments.signals import StopRequest
+from mtl_jax.errors import FULL_DISK, Interrupted, MtlJaxError
 
-USAGE = 2
-INTERRUPTED = 130
+FAILURE, USAGE = 1, 2
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError, OSError)
+"""What composing a configuration raises for a user's mistake; Hydra does not keep to its own classes."""
 
 
 def command_line(main: Callable[[], None], config_name: str) -> None:
@@ -21,23 +26,36 @@ def command_line(main: Callable[[], None], config_name: str) -> None:
     arguments = sys.argv[1:]
     if not any(argument.startswith("-") for argument in arguments):
         try:
-            _compose(config_name, arguments)
-        except (HydraException, OmegaConfBaseException) as error:
+            config = _compose(config_name, arguments)
+            _check_folder(config, arguments)
+        except MISTAKES as error:
             _stop(_explain(error, config_name, arguments), USAGE)
     main()
 
 
-def in_plain_words(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """A job whose user's mistakes end it with one message; Hydra would print a traceback around it."""
+def in_plain_words(job: Callable[[DictConfig, StopRequest], None]) -> Callable[[DictConfig], None]:
+    """A job whose user's mistakes end it with one message; Hydra would print a traceback around it.
+
+    The job is given the configuration and what tells it to stop; SIGTERM then ends it with 143, Ctrl-C with 130.
+    """
 
     @functools.wraps(job)
     def guarded(config: DictConfig) -> None:
-        try:
-            job(config)
-        except MtlJaxError as error:
-            _stop(f"{type(error).__name__}: {error}", 1)
-        except KeyboardInterrupt:
-            _stop("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        with StopRequest() as stop:
+            try:
+                job(config, stop)
+            except Interrupted as reason:
+                _stop(f"{reason}; the same command goes on from there", stop.status)
+            except KeyboardInterrupt:
+                _stop("interrupted; the same command goes on from the last checkpoint", stop.status)
+            except MtlJaxError as error:
+                _stop(f"{type(error).__name__}: {error}", FAILURE)
+            except OSError as error:
+                if error.errno not in FULL_DISK:
+                    raise
+                _stop(
+                    f"no space left ({error}); expected room for a few MB. Free space and run the same command", FAILURE
+                )
 
     return guarded
 
@@ -57,7 +75,7 @@ def _composes(override: str) -> bool:
 def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     """The message of a composition error, and for a wrong key the keys that exist."""
     message = str(error).strip()
-    for override in overrides:
+    for override in overrides if "Could not find" not in message else ():  # that message lists the options of a group
         path = override.split("=")[0].lstrip("+~")
         if f"'{path}'" in message or f"'{path.rsplit('.', 1)[-1]}'" in message:
             valid = _valid_keys(config_name, path)
@@ -65,7 +83,31 @@ def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
                 near = difflib.get_close_matches(path.rsplit(".", 1)[-1], valid, n=1)
                 hint = f" Did you mean '{near[0]}'?" if near else ""
                 return f"ConfigError: unknown option '{path}'; expected one of {valid}.{hint} See --help"
-    return f"ConfigError: {message}"
+    return (
+        f"ConfigError: '{_culprit(config_name, overrides)}' cannot be composed: {message}\n"
+        "expected key=value, group=option, +new.key=value or ~key, as --help shows. Correct it"
+    )
+
+
+def _culprit(config_name: str, overrides: list[str]) -> str:
+    """The override without which the others compose; all of them where there is no such one."""
+    for place in reversed(range(len(overrides))):
+        with contextlib.suppress(*MISTAKES):
+            _compose(config_name, overrides[:place] + overrides[place + 1 :])
+            return overrides[place]
+    return " ".join(overrides)
+
+
+def _check_folder(config: DictConfig, overrides: list[str]) -> None:
+    """Hydra makes the run folder before the job can catch what goes wrong there."""
+    given = [o.partition("=")[2] for o in overrides if o.startswith("hydra.run.dir=")] or [str(config.output_dir)]
+    folder = Path(given[-1]).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        _stop(
+            f"ConfigError: '{folder}' cannot be made in '{there}'; expected a folder to write to. Choose another one",
+            USAGE,
+        )
 
 
 def _valid_keys(config_name: str, path: str) -> list[str]:

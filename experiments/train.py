@@ -5,20 +5,25 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments.cli import command_line, in_plain_words
+from experiments.signals import StopRequest
+from mtl_jax.cross_validate import cross_validate
 from mtl_jax.run import run
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
 @in_plain_words
-def main(config: DictConfig) -> None:
+def main(config: DictConfig, should_stop: StopRequest) -> None:
     job = HydraConfig.get()
     own_folder = any(override.startswith("hydra.run.dir=") for override in job.overrides.hydra)
-    run(
-        config,
-        names={group: job.runtime.choices[group] for group in ("sharing", "balancing")},
-        folder=job.runtime.output_dir if own_folder else None,
-        overrides=job.overrides.task,
-    )
+    shared = {
+        "names": {group: job.runtime.choices[group] for group in ("sharing", "balancing")},
+        "folder": job.runtime.output_dir if own_folder else None,
+        "should_stop": should_stop,
+    }
+    if config.folds is None:
+        run(config, overrides=job.overrides.task, **shared)
+    else:
+        cross_validate(config, **shared)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 The command line prints the message of an ``MtlJaxError`` alone; anything else is a defect of ours and keeps its traceback.
 """
 
+import errno
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Numbers by which the operating system says that there is no room: the disk, the quota, the size of one file."""
+
 
 class MtlJaxError(Exception):
     """Base of all errors that a user can mend."""
@@ -44,6 +49,10 @@ class MemberMismatch(DataError):
     """An archive member is absent or not the pinned one."""
 
 
+class UnsafePickle(DataError):
+    """A pickle names something else than the parts of a table; it was refused and nothing of it was called."""
+
+
 class NoSpace(DataError):
     """Too little free disk."""
 
@@ -66,3 +75,15 @@ class TrainingError(MtlJaxError):
 
 class RunFolderError(MtlJaxError):
     """The run folder is in use, or holds something else."""
+
+
+class RunFolderFull(RunFolderError, NoSpace):
+    """No room for the run's files; what was there stays as it was."""
+
+
+class DamagedCheckpoint(RunFolderError):
+    """A file of a checkpoint is missing, or is not what was written."""
+
+
+class Interrupted(MtlJaxError):
+    """The run was told to stop; its checkpoint is written, and the same command goes on from there."""

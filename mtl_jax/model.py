@@ -11,8 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema
 from mtl_jax.errors import ConfigError, SchemaError
-from mtl_jax.nn import Context, Encoder, Lookup, Table, Tower, stream
+from mtl_jax.nn import Context, Cutpoints, Dispersion, Encoder, Lookup, Table, Tower, stream
 from mtl_jax.sharing import SharedBottom
+from mtl_jax.tasks import Task
+
+OUTPUTS = "outputs"
+"""Where the parameters of a task's loss lie, beside its tower."""
 
 
 class Inputs(NamedTuple):
@@ -40,7 +44,7 @@ class MultiTaskModel(nnx.Module):
       schema: A fitted schema.
       encoder: ``(num_lookups, num_dense, *, rngs) -> module`` with ``embedding_dim``, ``stddev``, ``out_features``.
       sharing: ``(in_features, tasks, *, rngs) -> Strategy``.
-      towers: ``(in_features, out_features, *, rngs) -> module``, once per task.
+      towers: ``(in_features, out_features, *, rngs) -> module``, once per task; with ``use_bias=False`` for ordinal ones.
       link: None. The place of what will tie tasks together at their logits (ESMM and its like); there is none yet.
       rngs: Initialisation. Every part draws from a stream named after it, so a task starts from the same tower and
         private tables whatever the other tasks are.
@@ -48,8 +52,8 @@ class MultiTaskModel(nnx.Module):
     Raises:
       SchemaError: There is no feature, or a name of a task or vocabulary has a slash.
 
-    Labels: ``tables`` are ``embedding``; under ``task/<name>`` (towers, private tables, a strategy's own parts) that
-    task's; the rest ``shared``.
+    Labels: ``tables`` are ``embedding``; under ``task/<name>`` (towers, parameters of its loss, private tables, a
+    strategy's own parts) that task's; the rest ``shared``.
 
     Example:
       >>> import functools
@@ -98,15 +102,18 @@ class MultiTaskModel(nnx.Module):
                 }
             )
 
-        def tower(task) -> nnx.Module:
-            return towers(self.sharing.out_features, task.width, rngs=_rngs(key, f"{task.name}/tower"))
+        def tower(task: Task) -> nnx.Module:
+            options = {"use_bias": False} if task.kind == "ordinal" else {}
+            return towers(self.sharing.out_features, task.width, **options, rngs=_rngs(key, f"{task.name}/tower"))
 
         private = self.sharing.private_tables
         if not private:
             self.tables = tables("shared")
         self.task = nnx.Dict(
             {
-                task.name: nnx.Dict({"tower": tower(task), **({"tables": tables(task.name)} if private else {})})
+                task.name: nnx.Dict(
+                    {"tower": tower(task)} | _loss_parameters(task) | ({"tables": tables(task.name)} if private else {})
+                )
                 for task in schema.tasks
             }
         )
@@ -142,13 +149,21 @@ class MultiTaskModel(nnx.Module):
         return self.sharing.common(x, context.stream("sharing"))
 
     def head(self, task: str, common: Any, context: Context = Context()) -> Float[Array, "batch *out"]:
-        """Outputs of one task, from the cut."""
-        return self.task[task].tower(self.sharing.head(task, common), context.stream(f"{task}/tower"))
+        """Outputs of one task, from the cut: those of its tower, then what the parameters of its loss make of them."""
+        own = self.task[task]
+        outputs = own.tower(self.sharing.head(task, common), context.stream(f"{task}/tower"))
+        return own[OUTPUTS](outputs) if OUTPUTS in own else outputs
 
     def __call__(self, batch: Mapping[str, Any], context: Context = Context()) -> dict[str, Float[Array, "batch *out"]]:
         """Outputs of all tasks for a batch (see :func:`mtl_jax.data.batching.as_batch`)."""
         common = self.common(self.inputs(batch), context)
         return {task: self.head(task, common, context) for task in self.task_names}
+
+
+def _loss_parameters(task: Task) -> dict[str, nnx.Module]:
+    if task.kind == "ordinal":
+        return {OUTPUTS: Cutpoints(task.frequencies or (1 / task.num_classes,) * task.num_classes)}
+    return {OUTPUTS: Dispersion()} if task.loss == "negative_binomial" else {}
 
 
 def _check(schema: Schema) -> None:
@@ -181,3 +196,10 @@ def is_table(path: str) -> bool:
     """Whether the path is an embedding table, shared or private."""
     parts = path.split("/")
     return len(parts) >= 3 and parts[-3] == "tables" and parts[-1] == "rows"
+
+
+@functools.cache
+def decays(path: str) -> bool:
+    """Whether weight decay may act on the parameter: not on those of a loss (cutpoints, dispersion)."""
+    parts = path.split("/")
+    return not (len(parts) > 3 and parts[0] == "task" and parts[2] == OUTPUTS)

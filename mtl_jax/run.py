@@ -1,37 +1,50 @@
 """One configured run: data, model, training, the one look at the test part, and the run folder that is left."""
 
+import contextlib
 import datetime
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 import yaml
 from flax import nnx
 from rich.console import Console
 
 from mtl_jax import metrics
-from mtl_jax.config import build, check_keys, plain
+from mtl_jax.arguments import check_arguments, check_count, shown
+from mtl_jax.balancing import Balancer
+from mtl_jax.config import build, check_keys, check_sections, plain
 from mtl_jax.data.dataset import Dataset
-from mtl_jax.errors import ConfigError, MtlJaxError
+from mtl_jax.errors import ConfigError, Interrupted, MtlJaxError, RunFolderError
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.report.compare import below_baseline
 from mtl_jax.report.find import single_task_command, single_task_reference
 from mtl_jax.report.folder import RunFolder, config_hash, run_id
 from mtl_jax.report.plot import plot_run
-from mtl_jax.report.record import new_record, source_state, validate, versions
+from mtl_jax.report.record import RecordError, new_record, source_state, validate, versions
 from mtl_jax.report.terminal import print_result
-from mtl_jax.train import BalancingOptions, Bar, Quiet, Result, fit
+from mtl_jax.report.warned import warnings_kept
+from mtl_jax.sharing import Strategy
+from mtl_jax.train import BalancingOptions, Objective, Optimizer, Result, fit
+from mtl_jax.watch import OPTIONS as WATCH_KEYS
+from mtl_jax.watch import check_options, observe
 
 KEYS = (
-    "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "towers", "seed",
-    "allow", "output_dir",
+    "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "towers", "training",
+    "seed", "folds", "allow", "output_dir",
 )  # fmt: skip
 TRAINER_KEYS = (
-    "epochs", "batch_size", "patience", "monitor", "tables", "steps_per_call", "checkpoint_seconds", "progress",
+    "epochs", "batch_size", "patience", "monitor", "tables", "steps_per_call", "checkpoint_seconds",
+    "micro_batches", "precision", "average", *WATCH_KEYS,
 )  # fmt: skip
+PARALLEL_KEYS = ("strategy", "devices")
+NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "towers")
+MODEL_PARTS = {"encoder": nnx.Module, "sharing": Strategy, "towers": nnx.Module}
+MAX_SEED = 2**32 - 1
 OPTION_KEYS = ("scope", "head_gradient", "jacobian")
 SELECTOR = "valid_best"
 PLAIN_WIDTH = 110
@@ -45,6 +58,8 @@ def run(
     folder: str | Path | None = None,
     overrides: Sequence[str] = (),
     console: Console | None = None,
+    sealed: str | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Runs a configuration to its result record, or goes on where an earlier run of it stopped.
 
@@ -54,25 +69,29 @@ def run(
       folder: Run folder; ``<output_dir>/train/<run id>`` by default.
       overrides: The user's own, for the command that makes the single-task reference.
       console: Where the result is printed; standard output by default.
+      sealed: Why the test part must stay closed. The run then ends with its validation part, and this in the record.
+      should_stop: Is asked while training; True ends the run after a checkpoint.
 
     Returns:
       The record, as in ``result.json``.
 
     Raises:
+      Interrupted: ``should_stop`` said so; the record then says ``interrupted``.
       MtlJaxError: What the user can mend; the record then says ``failed``, and checkpoints stay.
     """
     config = plain(config)
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    check_keys(config, KEYS)
-    check_keys(config["trainer"], TRAINER_KEYS, place="trainer")
-    parts = build_parts(config)
-    dataset: Dataset = build(config["data"], allow=config["allow"])
+    check_config(config)
+    if config["folds"] is not None:
+        raise ConfigError(f"folds is {config['folds']} in one run; expected null. Use mtl_jax.cross_validate for folds")
+    parts = build_parts(config) | {"should_stop": should_stop}
+    dataset: Dataset = _built(config, "data", Dataset)
     name = run_id(config, seed=config["seed"], data_identity=dataset.identity)
     root = Path(config["output_dir"]) / "train"
     with RunFolder.open(folder or root / name) as home:
         home.claim(name)
-        known = _known(config, names or {}, dataset, name)
-        record = home.read_json("result.json")
+        known = _known(config, names or {}, dataset, name, sealed)
+        record = _record_of(home)
         if record is None or record["status"] != "completed":
             record = _finish(home, known, config, parts, dataset)
         else:
@@ -86,27 +105,75 @@ def run(
     return record
 
 
+def _record_of(home: RunFolder) -> dict[str, Any] | None:
+    """The record that an earlier run left, None without one."""
+    record = home.read_json("result.json")
+    try:
+        if record is not None and record.get("status") in (None, "completed"):
+            validate(record)
+    except RecordError as error:
+        raise RunFolderError(
+            f"'{home.path / 'result.json'}' is not a whole record ({error}); expected one that a run wrote. Remove the "
+            "file to run again"
+        ) from error
+    return record
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises a ConfigError for sections, keys and plain values that no run can have; nothing is built or read."""
+    check_sections(config, KEYS, NODES)
+    check_keys(config, KEYS)
+    for place, keys in (("trainer", TRAINER_KEYS), ("parallel", PARALLEL_KEYS)):
+        check_sections(config[place], keys, place=place)
+        check_keys(config[place], keys, place=place)
+    check_options(config["trainer"])
+    given = {key: value for key, value in config["trainer"].items() if key not in WATCH_KEYS}
+    check_arguments(fit, given, place="trainer", names={"tables": "table_updates"})
+    check_arguments(fit, config["parallel"], place="parallel", names={"strategy": "parallel"})
+    check_count(config["seed"], "seed", least=0, most=MAX_SEED)
+    if not isinstance(config["output_dir"], str) or not config["output_dir"]:
+        raise ConfigError(f"output_dir is {shown(config['output_dir'])}; expected the path of a folder. Change it")
+
+
 def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that needs no data, so that a mistake shows before any is read."""
     balancing = dict(config["balancing"])
     options = {key: balancing.pop(key) for key in OPTION_KEYS if key in balancing}
-    allow = config["allow"]
-    for name in ("encoder", "sharing", "towers"):
-        build(config[name], allow=allow)
-    check_keys(config["parallel"], ("strategy",), place="parallel")
+    for name, kind in MODEL_PARTS.items():
+        part = build(config[name], allow=config["allow"], place=name)
+        made = getattr(part, "func", None)
+        if made is None or (isinstance(made, type) and not issubclass(made, kind)):
+            raise ConfigError(
+                f"{name} has _target_ {shown(config[name]['_target_'])}; expected the constructor of a {kind.__name__}, "
+                f"with _partial_: true. Choose one of conf/{name}, or a class of your own that is one"
+            )
+    check_keys(config["parallel"], PARALLEL_KEYS, place="parallel")
     return {
-        "balancer": build(balancing, allow=allow),
+        "balancer": _built(config | {"balancing": balancing}, "balancing", Balancer),
         "options": BalancingOptions(**options),
-        "optimizer": build(config["optimizer"], allow=allow),
-        "objective": build(config["objective"], allow=allow),
+        "optimizer": _built(config, "optimizer", (Optimizer, optax.GradientTransformation)),
+        "objective": _built(config, "objective", Objective),
         "parallel": config["parallel"]["strategy"],
+        "devices": config["parallel"]["devices"],
+        "training": config["training"],
     }
 
 
 def build_model(config: Mapping[str, Any], dataset: Dataset) -> MultiTaskModel:
     """The model that a configuration describes, for a data set; its seed gives the initial values."""
-    parts = {name: build(config[name], allow=config["allow"]) for name in ("encoder", "sharing", "towers")}
+    parts = {name: build(config[name], allow=config["allow"], place=name) for name in MODEL_PARTS}
     return MultiTaskModel(dataset.schema, **parts, rngs=nnx.Rngs(config["seed"]))
+
+
+def _built(config: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:
+    made = build(config[key], allow=config["allow"], place=key)
+    if not isinstance(made, kind):
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ConfigError(
+            f"{key} has _target_ {shown(config[key]['_target_'])}, which makes a {type(made).__name__}; expected a "
+            f"{names}. Choose one of conf/{key}"
+        )
+    return made
 
 
 def _finish(
@@ -117,14 +184,15 @@ def _finish(
     home.write_json("schema.json", dataset.schema.to_dict())
     home.log(f"start {known['run_id']}")
     try:
-        record = new_record(_train_and_test(home, known, config, parts, dataset), status="completed")
+        with warnings_kept(home):
+            record = new_record(_train_and_test(home, known, config, parts, dataset), status="completed")
         record["flags"]["below_baseline"] = bool(below_baseline(record))
         validate(record)
-    except KeyboardInterrupt:
-        _write(home, new_record(known, status="interrupted"))
+    except (KeyboardInterrupt, Interrupted):
+        _write_if_possible(home, new_record(known, status="interrupted"))
         raise
-    except MtlJaxError as error:
-        _write(home, new_record(known, status="failed", error=error))
+    except (MtlJaxError, OSError) as error:
+        _write_if_possible(home, new_record(known, status="failed", error=error))
         raise
     _write(home, record)
     return record
@@ -134,7 +202,7 @@ def _train_and_test(
     home: RunFolder, known: dict[str, Any], config: Mapping[str, Any], parts: Mapping[str, Any], dataset: Dataset
 ) -> dict[str, Any]:
     trainer = dict(config["trainer"])
-    observer = _Recorder(home, _observer(trainer.pop("progress")))
+    observer = observe(home, {key: trainer.pop(key) for key in WATCH_KEYS})
     table_updates = trainer.pop("tables")
     result = fit(
         build_model(config, dataset),
@@ -146,6 +214,8 @@ def _train_and_test(
         **trainer,
         **parts,
     )
+    if parts["should_stop"]():
+        raise Interrupted("stopped after training, before the test part was opened")
     home.write_history(result.history)
     home.log(f"tables {result.table_updates}")
     selection = {
@@ -154,25 +224,29 @@ def _train_and_test(
         "selector": SELECTOR,
         "step": result.monitor["step"],
     }
-    openings = home.record_opening(selection)
+    openings = 0 if "sealed" in known else home.record_opening(selection)
     return known | _evaluated(result, dataset, openings, home.reopened, known["timing"]["started"])
 
 
 def _evaluated(result: Result, dataset: Dataset, openings: int, reopened: bool, started: str) -> dict[str, Any]:
-    """What the test part says, opened here for the first time, with the mandatory baselines."""
-    training, test = dataset.for_training(), dataset.open_test()
+    """What the test part says, opened here for the first time, with the mandatory baselines.
+
+    With no opening (a sealed run) the validation part takes its place.
+    """
+    training = dataset.for_training()
+    part, rows = ("test", dataset.open_test()) if openings else ("valid", training.valid)
     tasks = dataset.schema.tasks
-    outputs = result.predict(test)
-    values, support = metrics.evaluate(tasks, outputs, test)
-    slices = metrics.evaluate_slices(tasks, outputs, test, dataset.schema.domains)
+    outputs = result.predict(rows)
+    values, support = metrics.evaluate(tasks, outputs, rows)
+    slices = metrics.evaluate_slices(tasks, outputs, rows, dataset.schema.domains)
     device = jax.devices()[0]
     memory = device.memory_stats() or {}
     peak = memory.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "metrics": result.metrics | {"test": values},
-        "support": result.support | {"test": support},
-        "slices": {name: {"test": by_task} for name, by_task in slices.items()},
-        "baselines": metrics.baselines.evaluate_baselines(training, test),
+        "metrics": result.metrics | {"test": None} | {part: values},
+        "support": result.support | {"test": {}} | {part: support},
+        "slices": {name: {part: by_task} for name, by_task in slices.items()},
+        "baselines": metrics.baselines.evaluate_baselines(training, rows),
         "params": result.params,
         "monitor": result.monitor,
         "timing": result.timing | {"peak_memory_bytes": int(peak), "started": started},
@@ -187,13 +261,15 @@ def _evaluated(result: Result, dataset: Dataset, openings: int, reopened: bool, 
     }
 
 
-def _known(config: Mapping[str, Any], names: Mapping[str, str], dataset: Dataset, name: str) -> dict[str, Any]:
+def _known(
+    config: Mapping[str, Any], names: Mapping[str, str], dataset: Dataset, name: str, sealed: str | None
+) -> dict[str, Any]:
     """The part of the record that does not depend on training."""
     commit, dirty = source_state(Path(__file__).parent)
     device = jax.devices()[0]
     info = dataset.info
-    summary = dataset.summary()
-    return {
+    summary = {} if sealed else dataset.summary()  # it counts the labels of the test part
+    return ({"sealed": sealed} if sealed else {}) | {
         "run_id": name,
         "config": dict(config),
         "config_hash": config_hash(config),
@@ -238,7 +314,7 @@ def _known(config: Mapping[str, Any], names: Mapping[str, str], dataset: Dataset
             "count": jax.device_count(),
             "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         },
-        "precision": "float32",
+        "precision": config["trainer"]["precision"],
     }
 
 
@@ -247,35 +323,7 @@ def _write(home: RunFolder, record: dict[str, Any]) -> None:
     home.log(f"end {record['status']}")
 
 
-def _observer(progress: bool | str) -> Bar | Quiet:
-    if progress == "auto":
-        return Bar.on_terminal()
-    if isinstance(progress, bool):
-        return Bar() if progress else Quiet()
-    raise ConfigError(f"trainer.progress is '{progress}'; expected auto, true or false. Change it")
-
-
-class _Recorder:
-    """Passes progress on, and keeps the log of a run that nobody watches."""
-
-    def __init__(self, home: RunFolder, inner: Bar | Quiet):
-        self.home, self.inner = home, inner
-
-    def started(self, **facts: Any) -> None:
-        self.inner.started(**facts)
-
-    def advanced(self, **facts: Any) -> None:
-        self.inner.advanced(**facts)
-
-    def evaluated(self, *, history: Sequence[Mapping[str, Any]], **facts: Any) -> None:
-        self.home.write_history(history)
-        values = "  ".join(f"{name} {_shown(value)}" for name, value in facts["values"].items())
-        self.home.log(f"epoch {facts['epoch']}  {values}  monitor {_shown(facts['monitor'])}")
-        self.inner.evaluated(history=history, **facts)
-
-    def finished(self) -> None:
-        self.inner.finished()
-
-
-def _shown(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.5f}"
+def _write_if_possible(home: RunFolder, record: dict[str, Any]) -> None:
+    """On a full disk there is no record, and the error that ended the run is what the user must see."""
+    with contextlib.suppress(RunFolderError):
+        _write(home, record)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 
+from mtl_jax.arguments import check_fields
 from mtl_jax.errors import SchemaError
 
 
@@ -15,17 +16,23 @@ class Kind:
       losses: Names of functions in :mod:`mtl_jax.losses`; the first is the default.
       metric: Name of the monitored metric.
       higher_is_better: Its direction.
+      has_classes: Whether the labels are values of a list that is fitted on train, :attr:`Task.classes`.
     """
 
     losses: tuple[str, ...]
     metric: str
     higher_is_better: bool
+    has_classes: bool = False
 
 
 KINDS: dict[str, Kind] = {
     "binary": Kind(("bce",), "auc", True),
-    "multiclass": Kind(("softmax", "sampled_softmax"), "accuracy", True),
+    "multiclass": Kind(("softmax", "sampled_softmax"), "accuracy", True, has_classes=True),
+    "multilabel": Kind(("bce",), "auc", True, has_classes=True),
     "regression": Kind(("squared", "huber"), "rmse", False),
+    "ordinal": Kind(("cumulative", "coral"), "qwk", True, has_classes=True),
+    "count": Kind(("poisson", "negative_binomial"), "poisson_deviance", False),
+    "zero_inflated": Kind(("ziln",), "rmse", False),
 }
 TRANSFORMS = ("none", "log1p")
 OPERATORS = (">=", "<=", "==", "!=", ">", "<")
@@ -47,29 +54,32 @@ class Task:
 
     Attributes:
       name: Unique name; also the name of its head and of its metrics.
-      kind: ``binary``, ``multiclass`` or ``regression``.
-      column: Label column; defaults to ``name``.
+      kind: One of :data:`KINDS`.
+      column: Label column; defaults to ``name``. For multilabel a list column with the names of the labels that are 1,
+        or several 0/1 columns, one a label.
       loss: Name of the loss; defaults to the first of the kind.
       space: ``all``, or the binary task whose positives are the rows where this label exists.
       mask: Boolean column of observed labels. A null label is unobserved with or without it.
       weight: A number (factor of the task's loss) or a column (row weights of this task).
       implies: A binary task that is 1 wherever this one is 1 (checked).
-      classes: Class values of a multiclass task, in the order of their ids; fitted on train when None.
+      classes: Class values of a multiclass, ordinal (lowest first) or multilabel task, in the order of their ids; fitted
+        on train when None. With several columns: names of their labels, by default those of the columns.
       transform: ``none`` or ``log1p``, applied to a regression target before it is standardised.
       positive: Derives a binary label from ``column`` by a comparison with a number: ``"> 3"``, ``"rating > 3"``.
-      positive_weight: Factor of the positives in ``bce``.
+      positive_weight: Factor of the positives in ``bce`` (binary, multilabel).
       smoothing: Label smoothing of ``softmax``, in [0, 1).
       delta: Threshold of ``huber`` in units of the standardised target, > 0.
       num_sampled: Classes drawn a step by ``sampled_softmax``; >= 1 there, else 0.
       standardise: Whether a regression target is standardised on train.
       mean: Fitted train mean of the transformed target (regression; 0 when not standardised).
       std: Fitted train standard deviation of the transformed target (regression; 1 when not standardised).
-      frequencies: Fitted train share of each class (multiclass); the proposal of ``sampled_softmax``.
+      frequencies: Fitted train share of each class, n_c/n (multiclass: the proposal of ``sampled_softmax``), smoothed to
+        (n_c + 1)/(n + C) for ordinal, whose cutpoints start from it.
     """
 
     name: str
     kind: str
-    column: str | None = None
+    column: str | tuple[str, ...] | None = None
     _: dataclasses.KW_ONLY
     loss: str | None = None
     space: str = "all"
@@ -89,6 +99,7 @@ class Task:
     frequencies: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        check_fields(self, f"task {self.name!r}", free=("classes", "frequencies", "loss"))
         if self.kind not in KINDS:
             raise SchemaError(f"task '{self.name}' has kind '{self.kind}'; expected one of {list(KINDS)}. Set its kind")
         kind = KINDS[self.kind]
@@ -98,8 +109,12 @@ class Task:
                 f"task '{self.name}' has column '{self.column}' and positive '{self.positive}'; expected one column. "
                 "Leave Task.column out"
             )
-        object.__setattr__(self, "column", compared or self.column or self.name)
+        column = compared or self.column or self.name
+        object.__setattr__(self, "column", column if isinstance(column, str) else tuple(column))
         object.__setattr__(self, "loss", self.loss or kind.losses[0])
+        several = not isinstance(self.column, str)
+        if several and self.classes is None:
+            object.__setattr__(self, "classes", self.column)
         for field in ("classes", "frequencies"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -121,10 +136,19 @@ class Task:
                 f"num_sampled {self.num_sampled} with loss '{self.loss}'",
                 "num_sampled >= 1 with 'sampled_softmax' and 0 otherwise",
             ),
+            *(
+                (
+                    getattr(self, option) in (None, "none") or self.kind == only,
+                    f"{option} '{getattr(self, option)}'",
+                    f"it only for kind '{only}'",
+                )
+                for option, only in (("positive", "binary"), ("implies", "binary"), ("transform", "regression"))
+            ),
+            (not several or self.kind == "multilabel", f"columns {self.column}", "one column, except for 'multilabel'"),
             (
-                self.positive is None or self.kind == "binary",
-                f"positive '{self.positive}'",
-                "it only for kind 'binary'",
+                not several or len(self.classes or ()) == len(self.column),
+                f"classes {self.classes} for columns {self.column}",
+                "one class a column",
             ),
         ]
         for ok, value, expectation in checks:
@@ -137,13 +161,40 @@ class Task:
         return None if self.positive is None else parse_positive(self.positive)
 
     @property
-    def width(self) -> int:
-        """C_k, the number of outputs of the task's head."""
-        if self.kind != "multiclass":
-            return 1
+    def columns(self) -> tuple[str, ...]:
+        """The label columns; one, except for some multilabel tasks."""
+        return (self.column,) if isinstance(self.column, str) else self.column
+
+    @property
+    def num_classes(self) -> int:
+        """C, for kinds with classes."""
         if self.classes is None:
             raise SchemaError(f"task '{self.name}' has no classes yet; expected a fitted schema. Fit it on train rows")
         return len(self.classes)
+
+    @property
+    def width(self) -> int:
+        """C_k, the number of outputs of the task's tower."""
+        if self.kind in ("multiclass", "multilabel"):
+            return self.num_classes
+        return 3 if self.kind == "zero_inflated" else 1
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The axes after the row axis of what losses and metrics read; () for one number a row.
+
+        It is the tower's width, or what the loss's own parameters make of one score: C - 1 cumulative logits (ordinal),
+        log mean and log size (``negative_binomial``).
+        """
+        if self.kind == "ordinal":
+            return (self.num_classes - 1,)
+        if self.loss == "negative_binomial":
+            return (2,)
+        return (self.width,) if self.kind in ("multiclass", "multilabel", "zero_inflated") else ()
+
+    @property
+    def has_classes(self) -> bool:
+        return KINDS[self.kind].has_classes
 
     @property
     def metric(self) -> str:

@@ -52,7 +52,7 @@ def test_a_package_of_ones_own_has_to_be_allowed(tmp_path, monkeypatch):
         ),
         pytest.param(
             {"_target_": "mtl_jax.report.folder.os.system", "command": "true"},
-            "expected a class or function of one of",
+            "expected an object of one of",
             id="another package behind an allowed name",
         ),
         pytest.param(

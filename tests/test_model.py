@@ -10,7 +10,7 @@ from flax import nnx
 
 from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema, Sequence, Vocabulary
 from mtl_jax.errors import SchemaError
-from mtl_jax.model import MultiTaskModel, is_table, label
+from mtl_jax.model import MultiTaskModel, decays, is_table, label
 from mtl_jax.nn import Context, Encoder, Tower
 from mtl_jax.sharing import MMoE, SharedBottom, SingleTask
 from mtl_jax.tasks import Task
@@ -202,6 +202,43 @@ def test_any_name_of_a_vocabulary_is_a_table(name):
 )
 def test_labels_go_by_path(path, expected):
     assert label(path) == expected
+
+
+ORDERED = (
+    Task("stars", "ordinal", classes=("1", "2", "3"), frequencies=(0.2, 0.3, 0.5)),
+    Task("visits", "count", loss="negative_binomial"),
+    Task("calls", "count"),
+    Task("value", "zero_inflated"),
+    Task("tags", "multilabel", classes=("a", "b", "c", "d")),
+)
+
+
+def test_parameters_of_losses_lie_beside_the_tower():
+    """They belong to the task and do not decay; the ordinal head has no bias, since cutpoints take its place."""
+    model, batch = make_model(make_schema(ORDERED)), make_batch()
+    outputs = model(batch)
+    assert {task.name: outputs[task.name].shape[1:] for task in ORDERED} == {t.name: t.output_shape for t in ORDERED}
+    paths = {path for path in arrays(model) if not decays(path)}
+    assert paths == {"task/stars/outputs/beta", "task/visits/outputs/kappa"}
+    assert {label(path) for path in paths} == {"task/stars", "task/visits"}
+    assert "task/stars/tower/head/bias" not in arrays(model) and "task/visits/tower/head/bias" in arrays(model)
+    score = model.task["stars"].tower(model.sharing.head("stars", model.common(model.inputs(batch))))
+    np.testing.assert_allclose(outputs["stars"], score[:, None] - model.task["stars"].outputs.cutpoints, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["outputs", "task"])
+def test_other_paths_decay_whatever_the_names(name):
+    schema = make_schema((Task(name, "binary"), Task("buy", "binary")), item=name)
+    for sharing in ("single_task", "mmoe"):
+        assert all(map(decays, arrays(make_model(schema, sharing))))
+
+
+def test_an_ordinal_task_of_a_schema_that_is_not_fitted():
+    """Classes without rates: all alike. Neither: refused."""
+    model = make_model(make_schema((Task("stars", "ordinal", classes="abcd"),)))
+    np.testing.assert_allclose(model.task["stars"].outputs.cutpoints, [-np.log(3), 0, np.log(3)], atol=1e-6)
+    with pytest.raises(SchemaError, match="task 'stars' has no classes yet"):
+        make_model(make_schema((Task("stars", "ordinal"),)))
 
 
 def test_what_cannot_be_built_is_refused():

@@ -50,6 +50,11 @@ def test_column_of_a_task():
         ("multiclass", {"loss": "sampled_softmax"}, "num_sampled 0 with loss 'sampled_softmax'"),
         ("regression", {"positive": "> 3"}, "positive '> 3'; expected it only for kind 'binary'"),
         ("binary", {"weight": float("nan")}, "weight nan"),
+        ("zero_inflated", {"transform": "log1p"}, "transform 'log1p'; expected it only for kind 'regression'"),
+        ("ordinal", {"implies": "buy"}, "implies 'buy'; expected it only for kind 'binary'"),
+        ("count", {"loss": "ziln"}, r"loss 'ziln'; expected one of \['poisson', 'negative_binomial'\]"),
+        ("binary", {"column": ("a", "b")}, r"columns \('a', 'b'\); expected one column, except for 'multilabel'"),
+        ("multilabel", {"column": ("a", "b"), "classes": ("x",)}, "expected one class a column"),
     ],
 )
 def test_wrong_options_are_refused(kind, options, message):
@@ -65,8 +70,30 @@ def test_head_width():
         _ = Task("c", "multiclass").width
 
 
+def test_what_losses_and_metrics_read_is_not_always_what_the_tower_gives():
+    """(width of the tower, axes of the outputs): cutpoints and dispersion turn one score into several numbers."""
+    shapes = {
+        Task("a", "binary"): (1, ()),
+        Task("b", "multiclass", classes="xyz"): (3, (3,)),
+        Task("c", "multilabel", classes="x"): (1, (1,)),
+        Task("d", "ordinal", classes="xyz"): (1, (2,)),
+        Task("e", "count"): (1, ()),
+        Task("f", "count", loss="negative_binomial"): (1, (2,)),
+        Task("g", "zero_inflated"): (3, (3,)),
+    }
+    assert {task: (task.width, task.output_shape) for task in shapes} == shapes
+
+
+def test_several_columns_of_a_multilabel_task_name_its_labels():
+    task = Task("tags", "multilabel", ["is_new", "is_gift"])
+    assert task.columns == task.classes == ("is_new", "is_gift")
+    assert Task("tags", "multilabel", ["is_new", "is_gift"], classes=["new", "gift"]).classes == ("new", "gift")
+    assert Task("tags", "multilabel").columns == ("tags",)
+
+
 def test_only_errors_are_better_when_lower():
-    assert {name for name, kind in KINDS.items() if not kind.higher_is_better} == {"regression"}
+    errors = {name for name, kind in KINDS.items() if not kind.higher_is_better}
+    assert errors == {"regression", "count", "zero_inflated"}
 
 
 def test_a_weight_column_leaves_the_loss_factor_at_one():

@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mtl_jax.arguments import check_arguments
 from mtl_jax.data import synthetic
 from mtl_jax.data.dataset import PARTS, Dataset, Encoded, TrainingData
 from mtl_jax.data.datasets import complete_journey, movielens_1m, table
 from mtl_jax.data.datasets.public import check_known
 from mtl_jax.data.encode import fit_schema
+from mtl_jax.data.folds import Folds
 from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema, Vocabulary
 from mtl_jax.data.schema import Sequence as SequenceFeature
 from mtl_jax.errors import SchemaError
@@ -54,6 +56,9 @@ def load(
     cache_dir: str | Path | None = None,
     download: bool = False,
     split_seed: int = 0,
+    split_folds: int | None = None,
+    split_fold: int | None = None,
+    split_group: str | None = None,
     **parameters: Any,
 ) -> Dataset:
     """A data set by name: built, split, fitted on its training part and validated.
@@ -67,6 +72,9 @@ def load(
       cache_dir: Folder of the fetched tables; ``~/.cache/mtl_jax`` by default.
       download: Whether a source that is not in the cache is fetched.
       split_seed: Of splits that draw; another seed is another split.
+      split_folds: k, to cut train and valid into k folds for cross-validation; test stays what the split made it.
+      split_fold: The fold that is valid, from 0 to k - 1; the others are train.
+      split_group: Column whose rows no fold may cut; a split by time needs one.
       **parameters: Of the recipe, or of the loader of ``synthetic`` and ``table``.
 
     Returns:
@@ -78,10 +86,12 @@ def load(
       NotCached: The source was not fetched and ``download`` is False.
       LabelError, LeakageError: Validation failed.
     """
+    check_arguments(load, {"name": name, "recipe": recipe, "split": split, "tasks": tasks}, place="data")
     check_known("data set", name, DATASETS)
     loader = DATASETS[name]
     known = inspect.signature(loader).parameters
-    options = {"recipe": recipe, "split": split, "tasks": tasks, "cache_dir": cache_dir}
+    folds = Folds.of(split_folds, split_fold, split_group)
+    options = {"recipe": recipe, "split": split, "tasks": tasks, "cache_dir": cache_dir, "split_folds": folds}
     options = {key: value for key, value in options.items() if value is not None}
     options |= {"download": download, "split_seed": split_seed, **parameters}
     for parameter in parameters:
@@ -89,4 +99,5 @@ def load(
     missing = [key for key, value in known.items() if value.default is value.empty and key not in options]
     if missing:
         raise SchemaError(f"data '{name}' has no {missing}; expected a value. Set data.{' and data.'.join(missing)}")
+    check_arguments(loader, options, place="data")
     return loader(**options)

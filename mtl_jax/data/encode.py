@@ -9,7 +9,7 @@ import polars as pl
 
 from mtl_jax.data.dataset import Encoded
 from mtl_jax.data.hash_order import key_hash
-from mtl_jax.data.labels import class_text, labels
+from mtl_jax.data.labels import fit_classes, flat_values, labels
 from mtl_jax.data.schema import FIRST_ID, NULL_VALUE, OOV_ID, Categorical, MultiHot, Numeric, Schema, Vocabulary
 from mtl_jax.errors import SchemaError
 from mtl_jax.tasks import Task
@@ -28,6 +28,7 @@ def fit_schema(schema: Schema, train: pl.DataFrame) -> Schema:
       The schema with vocabularies by (-count, value), a vocabulary of several features over the union of their values;
       numeric moments in float64 over the finite values after the transform; classes and domains in ascending order.
     """
+    schema = fit_classes(schema, train)
     label = labels(train, schema)
     domains = schema.domains
     if schema.domain is not None and not domains:
@@ -36,7 +37,7 @@ def fit_schema(schema: Schema, train: pl.DataFrame) -> Schema:
         schema,
         vocabularies=tuple(_fit_vocabulary(v, schema, train) for v in schema.vocabularies),
         features=tuple(_fit_numeric(f, train[f.name]) if isinstance(f, Numeric) else f for f in schema.features),
-        tasks=tuple(_fit_task(task, label[task.name].observed, train) for task in schema.tasks),
+        tasks=tuple(_fit_task(task, label[task.name].observed) for task in schema.tasks),
         domains=domains,
     )
 
@@ -108,15 +109,6 @@ def transformed(feature: Numeric, series: pl.Series) -> np.ndarray:
     return values
 
 
-def flat_values(series: pl.Series) -> tuple[pl.Series, np.ndarray]:
-    """The entries of a list column in one series, and the i64[N] number of entries of each row (0 for null)."""
-    if isinstance(series.dtype, pl.Array):
-        series = series.arr.to_list()
-    return series.explode(empty_as_null=False, keep_nulls=False), series.list.len().fill_null(0).to_numpy().astype(
-        np.int64
-    )
-
-
 def _fit_vocabulary(vocabulary: Vocabulary, schema: Schema, train: pl.DataFrame) -> Vocabulary:
     if vocabulary.hash_buckets:
         return dataclasses.replace(vocabulary, values=())
@@ -139,22 +131,18 @@ def _fit_numeric(feature: Numeric, series: pl.Series) -> Numeric:
     return dataclasses.replace(feature, mean=mean, std=std, missing_indicator=series.null_count() > 0)
 
 
-def _fit_task(task: Task, observed: pl.Series, train: pl.DataFrame) -> Task:
+def _fit_task(task: Task, observed: pl.Series) -> Task:
     if task.kind == "regression":
         mean, std = _moments(observed.to_numpy(), f"task '{task.name}'") if task.standardise else (0.0, 1.0)
         return dataclasses.replace(task, mean=mean, std=std)
-    if task.kind == "multiclass":
-        classes = task.classes or _sorted_classes(train[task.column], set(observed))
+    if task.kind in ("multiclass", "ordinal"):
         counts = dict(observed.value_counts(name="count").rows())
-        frequencies = tuple(counts.get(value, 0) / max(len(observed), 1) for value in classes)
-        return dataclasses.replace(task, classes=classes, frequencies=frequencies)
+        add = 1 if task.kind == "ordinal" else 0  # so that every cutpoint starts at a finite place
+        total = max(len(observed) + add * len(task.classes), 1)
+        return dataclasses.replace(
+            task, frequencies=tuple((counts.get(value, 0) + add) / total for value in task.classes)
+        )
     return task
-
-
-def _sorted_classes(column: pl.Series, seen: set[str]) -> tuple[str, ...]:
-    """Classes in the order of the column's own type, so that 2 comes before 10."""
-    ordered = column.drop_nulls().unique().sort()
-    return tuple(value for value in class_text(ordered) if value in seen)
 
 
 def _moments(values: np.ndarray, what: str) -> tuple[float, float]:
@@ -238,7 +226,9 @@ def _encode_tasks(frame: pl.DataFrame, schema: Schema) -> tuple[dict, dict, dict
     for name, label in labels(frame, schema).items():
         task = schema.task(name)
         mask[name] = label.mask
-        if task.kind == "multiclass":
+        if task.kind == "multilabel":
+            encoded[name] = np.where(label.mask, label.values, 0.0).astype(np.float32)
+        elif task.has_classes:
             known = {value: index for index, value in enumerate(task.classes or ())}
             distinct = label.values.unique()
             ids = np.array([known.get(value, 0) for value in distinct], np.int32)

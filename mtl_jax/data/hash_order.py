@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import numbers
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
@@ -45,7 +46,8 @@ def cuts(count: int | np.ndarray, fractions: Sequence[float]) -> list:
     Raises:
       SchemaError: The fractions are not one to three shares that sum to 1.
     """
-    if not 1 <= len(fractions) <= len(PARTS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-9):
+    numbers_only = all(isinstance(share, numbers.Real) and share >= 0 for share in fractions)
+    if not 1 <= len(fractions) <= len(PARTS) or not numbers_only or not math.isclose(sum(fractions), 1, abs_tol=1e-9):
         raise SchemaError(
             f"fractions are {tuple(fractions)}; expected shares of train, valid and test that sum to 1. "
             "Set data.split_fractions"

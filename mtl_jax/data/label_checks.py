@@ -5,9 +5,10 @@ import math
 import numpy as np
 import polars as pl
 
-from mtl_jax.data.labels import Label
+from mtl_jax.data.labels import Label, class_text, flat_values
 from mtl_jax.data.schema import Schema
 from mtl_jax.errors import LabelError
+from mtl_jax.tasks import Task
 
 FEW = 100
 """Positives (or negatives) of a test part below which methods cannot be ranked."""
@@ -21,12 +22,13 @@ def check_labels(frames: dict[str, pl.DataFrame], found: Found, schema: Schema) 
     Args:
       frames: Part -> rows.
       found: Part -> task -> label.
-      schema: Fitted or not; a multiclass task without classes takes those of train.
+      schema: Its tasks have their classes; nothing else need be fitted.
     """
     _check_range(found, schema)
     _check_nesting(frames, schema, found)
     _check_constant(found, schema)
-    return _empty_parts(found, schema) + _constant_domains(frames, found, schema) + _few_positives(found, schema)
+    warnings = _empty_parts(found, schema) + _constant_domains(frames, found, schema) + _few_positives(found, schema)
+    return warnings + _constant_cells(found, schema) + _unknown_entries(frames, schema)
 
 
 def auc_standard_error(num_positives: int, num_negatives: int, auc: float = 0.9) -> float:
@@ -41,16 +43,17 @@ def _check_range(found: Found, schema: Schema) -> None:
     wrong = []
     for task in schema.tasks:
         observed = {part: labels[task.name].observed for part, labels in found.items()}
-        if task.kind == "binary":
+        if task.kind in ("binary", "multilabel"):
             values = sorted(pl.concat(list(observed.values())).unique().to_list())
             others = [_short(v) for v in values if v not in (0, 1)]
             if others:
+                instead = "Use kind='multiclass' or m" if task.kind == "binary" else "M"
                 shown = ", ".join(map(_short, values[:10])) + (", ..." if len(values) > 10 else "")
                 wrong.append(
-                    f"task '{task.name}' has values [{shown}]; expected 0 or 1 for kind 'binary'. "
-                    f"Use kind='multiclass' or map {', '.join(others[:10])}"
+                    f"task '{task.name}' has values [{shown}]; expected 0 or 1 for kind '{task.kind}'. "
+                    f"{instead}ap {', '.join(others[:10])}"
                 )
-        elif task.kind == "regression":
+        elif not task.has_classes:
             for part, values in observed.items():
                 bad = len(values) - int(values.is_finite().sum())
                 if bad:
@@ -59,8 +62,13 @@ def _check_range(found: Found, schema: Schema) -> None:
                         f"task '{task.name}' has {bad} NaN or infinite values{after} in {part}; expected finite "
                         "numbers. Convert them to null"
                     )
+                if task.kind != "regression" and (below := int((values < 0).sum())):
+                    wrong.append(
+                        f"task '{task.name}' has {below} values below 0 in {part}; expected numbers >= 0 for kind "
+                        f"'{task.kind}'. Use kind='regression', or convert them to null"
+                    )
         else:
-            classes = set(task.classes or observed["train"])
+            classes = set(task.classes)
             for part, values in observed.items():
                 unknown = sorted(set(values.unique()) - classes)
                 if unknown:
@@ -101,6 +109,12 @@ def _check_constant(found: Found, schema: Schema) -> None:
                     f"task '{task.name}' has {constant} in {part}; expected both labels, AUC is undefined. "
                     "Drop the task or use another split"
                 )
+            elif part == "train" and task.kind == "multilabel":
+                if constant := _constant_labels(task, labels[task.name]):
+                    wrong.append(
+                        f"task '{task.name}' has no positive or no negative of {constant} in train; expected both of "
+                        "every label. Drop these from Task.classes or Task.column"
+                    )
             elif part == "train" and task.kind != "binary" and observed.n_unique() < 2:
                 wrong.append(
                     f"task '{task.name}' has one value in train, {observed[0]}; expected several. Drop the task"
@@ -148,6 +162,40 @@ def _few_positives(found: Found, schema: Schema) -> list[str]:
                 f"{error:.2f}; do not rank methods"
             )
     return few
+
+
+def _constant_cells(found: Found, schema: Schema) -> list[str]:
+    return [
+        f"task '{task.name}' has no positive or no negative of {constant} in {part}; its auc is over the other labels"
+        for part in ("valid", "test")
+        for task in schema.tasks
+        if task.kind == "multilabel" and (constant := _constant_labels(task, found[part][task.name]))
+    ]
+
+
+def _unknown_entries(frames: dict[str, pl.DataFrame], schema: Schema) -> list[str]:
+    warnings = []
+    for task in schema.tasks:
+        if task.kind != "multilabel" or not isinstance(task.column, str):
+            continue
+        for part, frame in frames.items():
+            entries = class_text(flat_values(frame[task.column])[0].drop_nulls())
+            unknown = entries.filter(~entries.is_in(list(task.classes)))
+            if len(unknown):
+                names = sorted(unknown.unique())
+                shown = f"{names[:10]}{', ...' if len(names) > 10 else ''}"
+                warnings.append(
+                    f"{len(unknown):,} of {len(entries):,} entries of task '{task.name}' in {part} are none of its "
+                    f"{task.num_classes} labels and are left out: {shown}"
+                )
+    return warnings
+
+
+def _constant_labels(task: Task, label: Label) -> list[str]:
+    """Names of the labels of a multilabel task whose observed cells are all equal, or that have none."""
+    ones = ((label.values == 1) & label.mask).any(axis=0)
+    zeros = ((label.values == 0) & label.mask).any(axis=0)
+    return [name for name, both in zip(task.classes, ones & zeros, strict=True) if not both]
 
 
 def _constant(observed: pl.Series) -> str | None:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from typing import Any
 
+from mtl_jax.arguments import check_fields
 from mtl_jax.errors import SchemaError
 from mtl_jax.tasks import Task
 
@@ -15,6 +16,8 @@ PAD_ID = 0
 OOV_ID = 1
 FIRST_ID = 2
 NULL_VALUE = "<null>"
+MAX_LEN = 2**16
+MAX_BUCKETS = 2**30
 NUMERIC_TRANSFORMS = ("none", "log1p", "signed_log1p")
 
 
@@ -34,6 +37,12 @@ class Vocabulary:
     min_count: int = 1
     hash_buckets: int | None = None
 
+    def __post_init__(self):
+        check_fields(self, f"vocabulary {self.name!r}")
+        _check_whole(f"vocabulary '{self.name}' has min_count", self.min_count)
+        if self.hash_buckets is not None:
+            _check_whole(f"vocabulary '{self.name}' has hash_buckets", self.hash_buckets, most=MAX_BUCKETS)
+
     @property
     def size(self) -> int:
         """Rows of the table, the two reserved ones included."""
@@ -46,6 +55,9 @@ class Categorical:
 
     name: str
     vocabulary: str
+
+    def __post_init__(self):
+        check_fields(self, f"feature {self.name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +83,14 @@ class Numeric:
     clip: float = 10.0
 
     def __post_init__(self):
+        check_fields(self, f"feature {self.name!r}")
         if self.transform not in NUMERIC_TRANSFORMS:
             raise SchemaError(
                 f"feature '{self.name}' has transform '{self.transform}'; expected one of {list(NUMERIC_TRANSFORMS)}. "
                 "Change it"
             )
+        if not self.clip > 0:
+            raise SchemaError(f"feature '{self.name}' has clip {self.clip}; expected a number > 0. Change it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +102,10 @@ class MultiHot:
     max_len: int
     weights: str | None = None
 
+    def __post_init__(self):
+        check_fields(self, f"feature {self.name!r}")
+        _check_whole(f"feature '{self.name}' has max_len", self.max_len)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
@@ -95,6 +114,10 @@ class Sequence:
     name: str
     vocabulary: str
     max_len: int
+
+    def __post_init__(self):
+        check_fields(self, f"feature {self.name!r}")
+        _check_whole(f"feature '{self.name}' has max_len", self.max_len)
 
 
 Feature = Categorical | Numeric | MultiHot | Sequence
@@ -136,6 +159,7 @@ class Schema:
     allow_leak: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        check_fields(self, "the schema")
         for what, names in (
             ("feature", [f.name for f in self.features]),
             ("vocabulary", [v.name for v in self.vocabularies]),
@@ -231,3 +255,8 @@ class Schema:
         for field in ("domains", "logistic_features"):
             plain[field] = tuple(plain.get(field, ()))
         return cls(**plain)
+
+
+def _check_whole(what: str, value: int, *, most: int = MAX_LEN) -> None:
+    if not 1 <= value <= most:
+        raise SchemaError(f"{what} {value}; expected a whole number from 1 to {most:,}. Change it")

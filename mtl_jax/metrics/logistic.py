@@ -1,13 +1,17 @@
-"""The linear baseline: logistic, softmax or ridge regression on the encoded features."""
+"""The linear baseline: logistic, softmax, Poisson or ridge regression on the encoded features.
+
+Ordinal and zero_inflated tasks have none. The labels of a multilabel task are separate logistic regressions.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
 import scipy.optimize
 import scipy.sparse
 
+from mtl_jax.metrics.amounts import LINEAR_FROM, exp_plus, outputs_of_mean
 from mtl_jax.metrics.tasks import evaluate_task, task_row_weights
 from mtl_jax.tasks import Task
 
@@ -15,12 +19,23 @@ from mtl_jax.tasks import Task
 # row, so they start from scikit-learn's default 1; one-hot columns are many and each is seen in few rows.
 NUMERIC_PENALTIES = (1.0, 0.1, 0.01, 0.001)
 ONE_HOT_PENALTIES = (300.0, 30.0, 3.0, 0.3)
+# What is minimised over penalties on validation, by kind.
+VALIDATION_LOSSES = {
+    "binary": "logloss",
+    "multiclass": "logloss",
+    "multilabel": "logloss",
+    "regression": "rmse",
+    "count": "poisson_deviance",
+}
+LINEAR_KINDS = tuple(VALIDATION_LOSSES)
 HASH_BUCKETS = 2**18
 MAX_ROWS = 1_000_000
+LEAST_LOG_MEAN = -30.0
+"""Smaller predicted log means of counts are raised to it, so that none underflows to a mean of 0."""
 
 
 def logistic(training: Any, part: Any, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Outputs of a linear model per task, its penalty chosen on the validation part (log loss; rmse for regression).
+    """Outputs of a linear model per task, its penalty chosen on the validation part (:data:`VALIDATION_LOSSES`).
 
     Features: the dense columns of ``schema.logistic_features`` where it names some, else all dense columns and the
     categorical ids, hashed and one-hot.
@@ -31,7 +46,8 @@ def logistic(training: Any, part: Any, *, seed: int = 0) -> dict[str, np.ndarray
       seed: Draws the training rows where there are more than a million.
 
     Returns:
-      Task -> logits [N], class scores [N, C] (log-probabilities) or standardised predictions [N].
+      Task -> logits [N] or [N, C], class scores [N, C] (log-probabilities), standardised predictions [N], or log means
+      (count), in the form of a model's outputs.
     """
     rows = np.arange(training.train.num_rows)
     if rows.size > MAX_ROWS:
@@ -39,7 +55,12 @@ def logistic(training: Any, part: Any, *, seed: int = 0) -> dict[str, np.ndarray
     columns = _Columns(training.schema, training.train, rows)
     train, valid = columns.of(training.train, rows), columns.of(training.valid)
     scored = valid if part is training.valid else columns.of(part)
-    return {task.name: _best(task, training, rows, train, valid, scored) for task in training.schema.tasks}
+    parts = (training.train, rows, train), (training.valid, valid), scored
+    return {
+        task.name: _by_label(task, *parts) if task.kind == "multilabel" else _best(task, *parts)
+        for task in training.schema.tasks
+        if task.kind in LINEAR_KINDS
+    }
 
 
 def fit_linear(
@@ -60,7 +81,7 @@ def fit_linear(
     in frequency by orders of magnitude; without it either would need hundreds of iterations.
 
     Args:
-      kind: ``binary``, ``multiclass`` or ``regression`` (there the loss is ½(a - y)²).
+      kind: ``binary``, ``multiclass``, ``count`` or ``regression`` (there the loss is ½(a - y)²).
       features: [N, D].
       targets: [N, K]; one-hot for ``multiclass``, else K = 1.
       weights: [N], s.
@@ -78,8 +99,10 @@ def fit_linear(
     constant = np.zeros((1 + features.shape[1], targets.shape[1]))
     constant[0] = _constant_scores(kind, rates)
     # The floors keep a constant target, which any scale fits, away from a division by zero.
-    unit = max(weights @ _losses(kind, constant[:1], targets)[0], 1e-7 * total)
-    curvature = np.ones_like(rates) if kind == "regression" else np.maximum(rates * (1 - rates), 1e-7)
+    unit = max(abs(weights @ _losses(kind, constant[:1], targets)[0]), 1e-7 * total)
+    curvature = np.maximum(
+        {"regression": 1.0, "count": rates}.get(kind, rates * (1 - rates)) * np.ones_like(rates), 1e-7
+    )
     decode, pull, encode = _preconditioner(features, weights, curvature, penalty)
 
     def objective(flat):
@@ -128,17 +151,50 @@ def _preconditioner(features, weights, curvature: np.ndarray, penalty: float) ->
     )
 
 
-def _best(task: Task, training, rows, train, valid, scored) -> np.ndarray:
-    """Outputs under the best penalty; weaker ones are no longer tried once the validation loss gets worse."""
-    weights = task_row_weights(training.train, task)[rows]
-    used = np.flatnonzero(np.asarray(training.train.mask[task.name], bool)[rows] & (weights > 0))
-    features, weights, labels = train[used], weights[used], training.train.labels[task.name][rows][used]
+class _Column(NamedTuple):
+    """One label of a multilabel task, as the part of a binary task."""
+
+    labels: dict[str, np.ndarray]
+    mask: dict[str, np.ndarray]
+    task_weight: dict[str, np.ndarray]
+    weight: np.ndarray
+
+
+def _by_label(task: Task, fitted, chosen, scored) -> np.ndarray:
+    label = Task(task.name, "binary")
+
+    def column(part, index):
+        arrays = ({task.name: of[task.name][:, index]} for of in (part.labels, part.mask))
+        return _Column(*arrays, part.task_weight, part.weight)
+
+    def one(index):
+        train = column(fitted[0], index)
+        if not (train.mask[task.name][fitted[1]] & (task_row_weights(train, label)[fitted[1]] > 0)).any():
+            return np.zeros(scored.shape[0])
+        return _best(label, (train, *fitted[1:]), (column(chosen[0], index), chosen[1]), scored)
+
+    return np.stack([one(index) for index in range(task.width)], axis=1)
+
+
+def _best(task: Task, fitted, chosen, scored) -> np.ndarray:
+    """Outputs under the best penalty; weaker ones are no longer tried once the validation loss gets worse.
+
+    Args:
+      task: The task.
+      fitted: The training part, the rows of it to fit, and their features.
+      chosen: The validation part and its features.
+      scored: Features of the rows to predict.
+    """
+    part, rows, train = fitted
+    weights = task_row_weights(part, task)[rows]
+    used = np.flatnonzero(np.asarray(part.mask[task.name], bool)[rows] & (weights > 0))
+    features, weights, labels = train[used], weights[used], part.labels[task.name][rows][used]
     one_hot = task.kind == "multiclass"
     targets = (labels[:, None] == np.arange(task.width) if one_hot else labels[:, None]).astype(np.float64)
     best, outputs, coefficients = np.inf, None, None
     for penalty in ONE_HOT_PENALTIES if scipy.sparse.issparse(train) else NUMERIC_PENALTIES:
         coefficients = fit_linear(task.kind, features, targets, weights, penalty, start=coefficients)
-        loss = _validation_loss(task, training.valid, _outputs(task, coefficients, valid))
+        loss = _validation_loss(task, chosen[0], _outputs(task, coefficients, chosen[1]))
         if outputs is not None and not loss < best:
             break
         best, outputs = loss, _outputs(task, coefficients, scored)
@@ -147,6 +203,8 @@ def _best(task: Task, training, rows, train, valid, scored) -> np.ndarray:
 
 def _outputs(task: Task, coefficients: np.ndarray, features) -> np.ndarray:
     scores = coefficients[0] + features @ coefficients[1:]
+    if task.kind == "count":
+        return outputs_of_mean(task, exp_plus(np.maximum(scores[:, 0], LEAST_LOG_MEAN)))
     if task.kind != "multiclass":
         return scores[:, 0]
     scores = scores - scores.max(axis=1, keepdims=True)
@@ -157,13 +215,15 @@ def _validation_loss(task: Task, valid, outputs) -> float:
     metrics, _ = evaluate_task(
         task, outputs, valid.labels[task.name], valid.mask[task.name], weight=task_row_weights(valid, task)
     )
-    loss = metrics["rmse" if task.kind == "regression" else "logloss"]
+    loss = metrics[VALIDATION_LOSSES[task.kind]]
     return np.inf if loss is None else loss
 
 
 def _constant_scores(kind: str, rates: np.ndarray) -> np.ndarray:
     if kind == "regression":
         return rates
+    if kind == "count":
+        return np.log(np.maximum(rates, 1e-7))
     rates = np.clip(rates, 1e-7, 1 - 1e-7)
     return np.log(rates) if kind == "multiclass" else np.log(rates) - np.log1p(-rates)
 
@@ -173,6 +233,9 @@ def _losses(kind: str, scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndar
     if kind == "regression":
         residuals = scores - targets
         return np.square(residuals).sum(axis=1) / 2, residuals
+    if kind == "count":
+        means = exp_plus(scores)
+        return (means - targets * scores)[:, 0], np.where(scores > LINEAR_FROM, np.exp(LINEAR_FROM), means) - targets
     if kind == "binary":
         decay = np.exp(-np.abs(scores))
         losses = np.maximum(scores, 0) + np.log1p(decay) - targets * scores

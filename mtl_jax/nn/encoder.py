@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mtl_jax.arguments import check_count, check_number
 from mtl_jax.nn.context import Context
 from mtl_jax.nn.mlp import check_rate, dropout
 
@@ -32,6 +33,8 @@ class Encoder(nnx.Module):
         dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        check_count(embedding_dim, "embedding_dim")
+        check_number(stddev, "stddev", least=0.0)
         self.embedding_dim = embedding_dim
         self.stddev = stddev
         self.dropout = check_rate(dropout)

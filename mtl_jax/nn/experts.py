@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mtl_jax.arguments import check_count, check_counts
 from mtl_jax.nn.context import Context
 from mtl_jax.nn.mlp import check_rate, dropout
 
@@ -35,6 +36,8 @@ class Experts(nnx.Module):
         dropout: float = 0.0,
         rngs: nnx.Rngs,
     ):
+        check_counts(units, "expert_units", empty=False)
+        check_count(num_experts, "num_experts")
         widths = (in_features, *units)
         self.out_features = widths[-1]
         self.num_experts = num_experts
@@ -59,4 +62,4 @@ class StackedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*expert batch in"]) -> Float[Array, "expert batch out"]:
         equation = "bi,eio->ebo" if x.ndim == 2 else "ebi,eio->ebo"
-        return jnp.einsum(equation, x, self.kernel[...]) + self.bias[...][:, None]
+        return jnp.einsum(equation, x.astype(self.kernel.dtype), self.kernel[...]) + self.bias[...][:, None]

@@ -18,4 +18,4 @@ class Gate(nnx.Module):
         self.kernel = nnx.Param(nnx.initializers.glorot_uniform()(rngs.params(), (in_features, num_members)))
 
     def __call__(self, x: Float[Array, "batch in"]) -> Float[Array, "batch member"]:
-        return jax.nn.softmax(x @ self.kernel[...], axis=-1)
+        return jax.nn.softmax(x.astype(self.kernel.dtype) @ self.kernel[...], axis=-1)

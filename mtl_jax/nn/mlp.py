@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from mtl_jax.arguments import check_counts, check_number
 from mtl_jax.nn.context import Context
 
 NORMS = ("none", "layer")
@@ -34,10 +35,11 @@ class MLP(nnx.Module):
     ):
         if norm not in NORMS:
             raise ValueError(f"norm '{norm}' is unknown; expected one of {list(NORMS)}")
+        check_counts(units, "units")
         widths = (in_features, *units)
         self.out_features = widths[-1]
         self.dropout = check_rate(dropout)
-        self.layers = nnx.List([linear(i, o, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)])
+        self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)])
         self.norms = nnx.List([nnx.LayerNorm(o, rngs=rngs) for o in units] if norm == "layer" else [])
 
     def __call__(self, x: Float[Array, "*batch in"], context: Context = Context()) -> Float[Array, "*batch out"]:
@@ -49,10 +51,24 @@ class MLP(nnx.Module):
         return x
 
 
-def linear(in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer with Glorot-uniform weights."""
-    init = nnx.initializers.glorot_uniform()
-    return nnx.Linear(in_features, out_features, use_bias=use_bias, kernel_init=init, rngs=rngs)
+class Linear(nnx.Module):
+    """A linear layer with Glorot-uniform weights, computed in the type of its weights.
+
+    Args:
+      in_features: Width of the input.
+      out_features: Width of the output.
+      use_bias: Whether there is a bias, which starts at 0.
+      rngs: Initialisation.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, use_bias: bool = True, rngs: nnx.Rngs):
+        init = nnx.initializers.glorot_uniform()
+        self.kernel = nnx.Param(init(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros(out_features)) if use_bias else None
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        y = x.astype(self.kernel.dtype) @ self.kernel[...]
+        return y if self.bias is None else y + self.bias[...]
 
 
 def dropout(x: Float[Array, "..."], rate: float, context: Context) -> Float[Array, "..."]:
@@ -70,6 +86,6 @@ def dropout(x: Float[Array, "..."], rate: float, context: Context) -> Float[Arra
 
 
 def check_rate(rate: float) -> float:
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout {rate} is not a rate; expected a number in [0, 1)")
+    """The rate as a float; a ConfigError for anything but a number in [0, 1)."""
+    check_number(rate, "dropout", least=0.0, below=1.0)
     return float(rate)

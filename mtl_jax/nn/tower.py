@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mtl_jax.nn.context import Context
-from mtl_jax.nn.mlp import MLP, linear
+from mtl_jax.nn.mlp import MLP, Linear
 
 
 class Tower(nnx.Module):
@@ -17,6 +17,7 @@ class Tower(nnx.Module):
       out_features: Outputs of the head, C; with C = 1 the last axis is dropped.
       units: Hidden widths.
       dropout: Rate after each hidden layer, in [0, 1).
+      use_bias: Whether the head has a bias. Cutpoints take its place in ordinal tasks.
       rngs: Initialisation.
     """
 
@@ -27,10 +28,11 @@ class Tower(nnx.Module):
         *,
         units: Sequence[int] = (128, 64),
         dropout: float = 0.2,
+        use_bias: bool = True,
         rngs: nnx.Rngs,
     ):
         self.hidden = MLP(in_features, units, dropout=dropout, rngs=rngs)
-        self.head = linear(self.hidden.out_features, out_features, rngs=rngs)
+        self.head = Linear(self.hidden.out_features, out_features, use_bias=use_bias, rngs=rngs)
 
     def __call__(self, z: Float[Array, "batch in"], context: Context = Context()) -> Float[Array, "batch *out"]:
         outputs = self.head(self.hidden(z, context))

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import io
 import json
@@ -16,7 +15,7 @@ import filelock
 import numpy as np
 import polars as pl
 
-from mtl_jax.errors import NoSpace, RunFolderError
+from mtl_jax.errors import FULL_DISK, RunFolderError, RunFolderFull
 
 UNHASHED_KEYS = (
     "seed",  # seeds of one configuration share its hash, so that they can be averaged
@@ -28,12 +27,15 @@ UNHASHED_KEYS = (
     "data.download",
     "data.path",  # the content behind the path is part of the data identity
     "trainer.progress",
+    "trainer.tensorboard",
+    "trainer.profile",
+    "folds",  # the folds of one cross-validation, which the data identity tells apart
+    "data.split_fold",
 )
 """Dotted keys that :func:`config_hash` leaves out: they do not change a result, or are told apart elsewhere."""
 
 HISTORY_SCHEMA = {"step": pl.Int64, "part": pl.String, "task": pl.String, "name": pl.String, "value": pl.Float64}
 LEDGER = "test_ledger.jsonl"
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PARTIAL = ".partial"
 
 
@@ -65,7 +67,7 @@ class RunFolder:
     """An open run folder; only :meth:`open` makes one.
 
     Every write replaces a file as a whole, so a kill at any time leaves the old content or the new one. Where the disk
-    is full the old content stays and :class:`~mtl_jax.errors.NoSpace` is raised.
+    is full the old content stays and :class:`~mtl_jax.errors.RunFolderFull` is raised.
 
     Attributes:
       path: Of the folder.
@@ -87,6 +89,7 @@ class RunFolder:
         path = Path(path)
         with _mended(path):
             path.mkdir(parents=True, exist_ok=True)
+            _refuse_links(path)
             lock = filelock.FileLock(path / ".lock", timeout=0)
             try:
                 lock.acquire()
@@ -109,6 +112,13 @@ class RunFolder:
           RunFolderError: The folder holds another run.
         """
         held = (self.read_json("run.json") or {}).get("run_id")
+        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != ".lock")
+        if held is None and others:
+            shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise RunFolderError(
+                f"folder '{self.path}' holds {shown} and is not a run folder; expected one of this run or an empty folder. "
+                "Choose another folder"
+            )
         if held is None:
             self.write_json("run.json", {"run_id": run_id})
         elif held != run_id:
@@ -126,7 +136,10 @@ class RunFolder:
         """The content of a JSON file, None where there is no such file."""
         path = self.path / name
         try:
-            return json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError(f"of an object, but of a {type(content).__name__}")
+            return content
         except FileNotFoundError:
             return None
         except ValueError as error:
@@ -159,12 +172,26 @@ class RunFolder:
     def read_history(self) -> pl.DataFrame | None:
         """The curves written so far, None where there are none."""
         path = self.path / "history.parquet"
-        return pl.read_parquet(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            frame = pl.read_parquet(path)
+            if frame.schema != HISTORY_SCHEMA:
+                raise ValueError(f"columns {dict(frame.schema)}")
+            return frame
+        except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+            raise RunFolderError(
+                f"'{path}' cannot be read ({error}); expected the curves that a run wrote. Remove the file"
+            ) from error
 
     def log(self, line: str) -> None:
         """Appends a line with the UTC time to ``run.log``."""
-        path = self.path / "run.log"
-        content = f"{_now()} {line}\n".encode()
+        self.append("run.log", f"{_now()} {line}")
+
+    def append(self, name: str, line: str) -> None:
+        """Appends a line to a file; where the disk is full, the file ends where it did."""
+        path = self.path / name
+        content = f"{line}\n".encode()
         # Unbuffered, or closing the file would try once more to write what a full disk has refused.
         with _mended(path), path.open("ab", buffering=0) as file:
             start = file.seek(0, os.SEEK_END)
@@ -203,7 +230,10 @@ class RunFolder:
         if not path.exists():
             return []
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            entries = [json.loads(line) for line in path.read_text().splitlines()]
+            if not all(isinstance(entry, dict) and {"config_hash", "seed"} <= entry.keys() for entry in entries):
+                raise ValueError("an entry lacks config_hash or seed")
+            return entries
         except ValueError as error:
             raise RunFolderError(
                 f"test ledger '{path}' is not readable ({error}); expected one JSON object a line. "
@@ -224,11 +254,21 @@ class RunFolder:
         return [entry for entry in self.openings() if (entry["config_hash"], entry["seed"]) == key]
 
 
+def _refuse_links(path: Path) -> None:
+    """A link would lead writing, appending and the removal of old checkpoints out of the folder."""
+    links = sorted(str(e.relative_to(path)) for e in (*path.iterdir(), *path.glob("checkpoints/*")) if e.is_symlink())
+    if links:
+        raise RunFolderError(
+            f"run folder '{path}' has links in it ({', '.join(links[:3])}); expected files and folders of its own. Remove "
+            "them, or put the whole run folder elsewhere"
+        )
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Replaces ``path`` by ``content`` in one step that a kill or a full disk cannot cut in two.
 
     Raises:
-      NoSpace: The disk or the quota is full, or the file would exceed the allowed size. ``path`` is as it was.
+      RunFolderFull: The disk or the quota is full, or the file would exceed the allowed size. ``path`` is as it was.
       RunFolderError: The file cannot be written for another reason.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
@@ -286,7 +326,7 @@ def _mended(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
-            raise NoSpace(
+            raise RunFolderFull(
                 f"no space to write '{path}' ({error.strerror}); expected room for a few MB. The file is as it was "
                 "before: free space or choose another output folder, and run the same command again to resume"
             ) from error

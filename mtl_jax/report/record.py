@@ -16,10 +16,11 @@ SCHEMA_VERSION = 1
 STATUSES = ("completed", "failed", "interrupted")
 DIRECTIONS = ("higher", "lower")
 
-# How to read the schema: a dict lists its keys, "key?" may be absent, "*" stands for any key; [x] is a list of x;
-# a leaf is int, number, text, bool, object (any JSON object) or any (any JSON value), "|null" where null is allowed.
+# How to read the schema: a dict lists its keys, "key?" may be absent, "key|null" may be null, "*" stands for any key;
+# [x] is a list of x; a leaf is int, number, text, bool, object (any JSON object) or any (any JSON value), "|null" where
+# null is allowed.
 PER_METRIC = {"*": {"*": "number|null"}}
-PER_PART = {"valid": PER_METRIC, "test": PER_METRIC}
+PER_PART = {"valid": PER_METRIC, "test|null": PER_METRIC}
 PER_SUPPORT = {
     "*": {
         "*": {
@@ -41,6 +42,7 @@ SCHEMA = {
     "status": "text",
     "error?": {"class": "text", "message": "text"},
     "metrics": PER_PART,
+    "sealed?": "text",  # why metrics.test is null: this run must not open the test part
     "support": {"valid": PER_SUPPORT, "test": PER_SUPPORT},
     "slices?": {"*": {"valid?": PER_METRIC, "test?": PER_METRIC}},
     "baselines": {"*": PER_METRIC},
@@ -83,7 +85,12 @@ SCHEMA = {
     "selector": "text|null",
     "tuning_trials": "int|null",
     "test_openings": "int|null",
-    "monitor": {"name": "text|null", "value": "number|null", "step": "int|null"},
+    "monitor": {
+        "name": "text|null",
+        "value": "number|null",
+        "step": "int|null",
+        "tasks?": {"*": {"name": "text", "value": "number|null", "step": "int"}},
+    },
     "timing": {
         "examples_per_second": "number|null",
         "compile_seconds": "number|null",
@@ -249,7 +256,7 @@ def _fill(known: Any, schema: Any) -> Any:
         return known
     filled = dict(known)
     for key, inner in schema.items():
-        name = key.removesuffix("?")
+        name = _name(key)
         if key == "*":
             filled = {name: _fill(value, inner) for name, value in known.items()}
         elif name in filled:
@@ -274,7 +281,7 @@ def _check(value: Any, schema: Any, path: str) -> None:
 
 
 def _check_object(value: dict[str, Any], schema: dict[str, Any], path: str) -> None:
-    inner = {key.removesuffix("?"): rule for key, rule in schema.items()}
+    inner = {_name(key): rule for key, rule in schema.items()}
     for key, item in value.items():
         place = f"{path}.{key}" if path else str(key)
         if not isinstance(key, str):
@@ -284,14 +291,19 @@ def _check_object(value: dict[str, Any], schema: dict[str, Any], path: str) -> N
                 f"result record has unknown key '{place}'; expected one of {sorted(inner)}. "
                 "Rename it, or extend SCHEMA in mtl_jax/report/record.py"
             )
-        _check(item, inner.get(key, inner.get("*")), place)
+        if item is not None or f"{key}|null" not in schema:
+            _check(item, inner.get(key, inner.get("*")), place)
     for key in schema:
-        if not key.endswith("?") and key != "*" and key not in value:
-            place = f"{path}.{key}" if path else key
+        if not key.endswith("?") and key != "*" and _name(key) not in value:
+            place = f"{path}.{_name(key)}" if path else _name(key)
             raise RecordError(
                 f"result record lacks '{place}'; expected every required key, null where it has no value. "
                 "Build the record with new_record"
             )
+
+
+def _name(key: str) -> str:
+    return key.removesuffix("?").removesuffix("|null")
 
 
 def _check_leaf(value: Any, rule: str, path: str) -> None:
@@ -330,15 +342,21 @@ def _check_values(record: Mapping[str, Any]) -> None:
     """Known tasks, a sealed test part, and a reason for every null."""
     tables = {f"baselines.{name}": table for name, table in record["baselines"].items()}
     for part in ("valid", "test"):
-        tables |= {f"metrics.{part}": record["metrics"][part], f"support.{part}": record["support"][part]}
+        tables |= {f"metrics.{part}": record["metrics"][part] or {}, f"support.{part}": record["support"][part]}
     for place, table in tables.items():
         for task in table.keys() - record["tasks"].keys():
             raise _fault(f"{place}.{task}", task, f"a task of {sorted(record['tasks'])}", "Declare it under tasks")
+    if record["metrics"]["test"] is None and "sealed" not in record:
+        raise _fault("metrics.test", None, "values, or the reason under 'sealed'", "Give the reason")
+    if "sealed" in record and record["metrics"]["test"]:
+        raise _fault("metrics.test", record["metrics"]["test"], "null in a sealed run", "Do not open the test part")
+    if "sealed" in record and record["test_openings"]:
+        raise _fault("test_openings", record["test_openings"], "0 in a sealed run", "Do not open the test part")
     if record["metrics"]["test"] and not record["test_openings"]:
         openings = record["test_openings"]
         raise _fault("test_openings", openings, "at least 1 with test metrics", "Record the opening in the ledger")
     for part, table in record["metrics"].items():
-        for task, metrics in table.items():
+        for task, metrics in (table or {}).items():
             for metric, value in metrics.items():
                 reason = record["support"][part].get(task, {}).get(metric, {}).get("reason")
                 if value is None and not reason:

@@ -23,6 +23,7 @@ from mtl_jax.report.compare import (
 )
 
 Record = Mapping[str, Any]
+WITH_POSITIVES = ("binary", "multilabel", "zero_inflated")
 FLAGS = {
     "reopened": "the test part was opened for different selections: its numbers are not a clean estimate",
     "oracle": "the checkpoint was chosen with test labels: never rank this run with others",
@@ -107,7 +108,7 @@ def _support(record: Record, task: str) -> str:
     rows, positives = support.get("n"), support.get("positives")
     if rows is None:
         return facts["kind"]
-    if facts["kind"] == "binary" and positives is not None:
+    if facts["kind"] in WITH_POSITIVES and positives is not None:
         return f"{facts['kind']} {positives:,.0f} / {rows:,}"
     return f"{facts['kind']} {rows:,}"
 

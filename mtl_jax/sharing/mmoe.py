@@ -61,8 +61,8 @@ class MMoE(Strategy):
         rngs: nnx.Rngs,
     ):
         self.tasks = tuple(tasks)
-        self.out_features = expert_units[-1]
         self.experts = Experts(in_features, expert_units, num_experts=num_experts, dropout=dropout, rngs=rngs)
+        self.out_features = self.experts.out_features
         key = rngs.params()
 
         def gate(task: str) -> Gate:  # initialised from its name, so that it does not depend on the other tasks

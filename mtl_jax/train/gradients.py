@@ -19,6 +19,7 @@ from mtl_jax.balancing.rows import combine_rows, gramian
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import is_table, label
 from mtl_jax.train.objective import TaskLoss
+from mtl_jax.train.parallel import total
 
 SCOPES = ("representation", "encoder", "shared", "all")
 HEAD_GRADIENTS = ("auto", "plain", "weighted")
@@ -73,33 +74,43 @@ class Balanced(NamedTuple):
 
 
 def balanced_gradients(
-    common: Callable[[Mapping[str, Array]], PyTree],
-    heads: Mapping[str, Callable[[Mapping[str, Array], PyTree], TaskLoss]],
+    common: Callable[[Mapping[str, Array], Any], PyTree],
+    heads: Mapping[str, Callable[[Mapping[str, Array], PyTree, Any], TaskLoss]],
     params: Mapping[str, Array],
+    part: Any = None,
     *,
+    parts: PyTree | None = None,
     balancer: Balancer,
     state: Any,
     key: PRNGKeyArray,
     options: BalancingOptions = BalancingOptions(),
     regulariser: Callable[[Mapping[str, Array]], Float[Array, ""]] | None = None,
+    axis: str | None = None,
 ) -> Balanced:
     """The gradient of one step, balanced over tasks.
 
+    The step may be cut into micro-batches and spread over devices: losses and gradients of each task are summed over
+    both before the balancer sees them, so the step is the same however it is cut. (Averages of the parts' own means
+    would not be: their labels differ in number.)
+
     Args:
-      common: Parameters below the cut -> the cut.
-      heads: Task -> (that task's parameters, the cut) -> its loss.
+      common: (parameters below the cut, part) -> the cut.
+      heads: Task -> (that task's parameters, the cut, part) -> its loss, with the denominator of the whole step.
       params: Path -> array. Labels and tables are recognised by path.
+      part: What ``common`` and ``heads`` read: the rows of this device.
+      parts: The same in micro-batches, stacked along a leading axis; takes the place of ``part``.
       balancer: The method.
       state: Its state.
-      key: For stochastic methods.
+      key: For stochastic methods; the same on all devices.
       options: Scope and head gradient.
       regulariser: All parameters -> penalty, whose gradient is added with factor 1 after balancing.
+      axis: Named axis of devices to sum over; None where there is none.
     """
     below = {path: array for path, array in params.items() if below_cut(path)}
     own = {task: {path: array for path, array in params.items() if _owned(path, task)} for task in heads}
     single_pass = balancer.needs == "losses" and options.weighted_heads(balancer)
     run = _one_backward_pass if single_pass else _one_pass_a_head
-    result = run(common, heads, below, own, balancer, state, key, options)
+    result = run(_Model(common, heads, below, own, part, parts, axis), balancer, state, key, options)
     if regulariser is not None:
         penalty = jax.grad(regulariser)(dict(params))
         result = result._replace(gradients=jax.tree.map(jnp.add, result.gradients, penalty))
@@ -131,47 +142,116 @@ def _owned(path: str, task: str) -> bool:
     return label(path) == f"task/{task}" and not below_cut(path)
 
 
-def _one_backward_pass(common, heads, below, own, balancer, state, key, options) -> Balanced:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Model:
+    """The cut model, the parameters that are differentiated, and the rows of the step on this device."""
+
+    common: Callable
+    heads: Mapping[str, Callable]
+    below: dict[str, Array]
+    own: dict[str, dict[str, Array]]
+    part: Any
+    parts: PyTree | None
+    axis: str | None
+
+    def losses(self, below, own, part) -> TaskLoss:
+        cut = self.common(below, part)
+        return _stack({task: head(own[task], cut, part) for task, head in self.heads.items()})
+
+    def total(self, tree: PyTree) -> PyTree:
+        """The sum over devices."""
+        return total(tree, self.axis)
+
+    def sum(self, function: Callable[[Any], PyTree]) -> PyTree:
+        """The sum of a function over micro-batches, one after the other, and over devices."""
+        shapes = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], self.parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None)  # noqa: E731
+        return self.total(jax.lax.scan(add, zeros, self.parts)[0])
+
+
+def _one_backward_pass(model: _Model, balancer, state, key, options) -> Balanced:
     """Weights from losses: the step is the gradient of sum_i sg(w_i) L_i."""
 
-    def weighted_sum(below, own):
-        cut = common(below)
-        losses = _stack({task: head(own[task], cut) for task, head in heads.items()})
-        weights, new_state, info = weigh(balancer, None, losses.loss, state, key, losses.denominator > 0)
-        return jnp.vdot(weights, losses.loss), (losses, weights, new_state, info)
+    def weights_of(losses):
+        return weigh(balancer, None, losses.loss, state, key, losses.denominator > 0)
 
-    (below_gradient, own_gradient), aux = jax.grad(weighted_sum, argnums=(0, 1), has_aux=True)(below, own)
+    def weighted_sum(below, own, part, known=None):
+        losses = model.losses(below, own, part)
+        if known is None:
+            of_all = model.total(jax.lax.stop_gradient(losses))
+            known = (of_all, *weights_of(of_all))
+        return jnp.vdot(known[1], losses.loss), known
+
+    gradient = jax.grad(weighted_sum, argnums=(0, 1), has_aux=True)
+    if model.parts is None:
+        gradients, aux = gradient(model.below, model.own, model.part)
+        below_gradient, own_gradient = model.total(gradients)
+    else:  # the losses of all micro-batches come before the first weight: a forward pass more
+        losses = model.sum(lambda part: model.losses(model.below, model.own, part))
+        aux = (losses, *weights_of(losses))
+        below_gradient, own_gradient = model.sum(lambda part: gradient(model.below, model.own, part, aux)[0])
     return Balanced(below_gradient | _union(own_gradient), *aux)
 
 
-def _one_pass_a_head(common, heads, below, own, balancer, state, key, options) -> Balanced:
-    """Per-task gradients at the cut, weights from them or from their pull-backs, then one weighted pull."""
-    leaves, pull, rebuild = _cut(common, below)
-    losses, own_gradient, at_cut = {}, {}, {}
-    for task, head in heads.items():
+def _one_pass_a_head(model: _Model, balancer, state, key, options) -> Balanced:
+    """Per-task gradients at the cut, weights from them or from their pull-backs, then one weighted pull.
+
+    Over micro-batches the cut is another one each time, so what is summed is the Jacobian of the parameters.
+    """
+    at_cut = options.scope == "representation"
+    needs_products = balancer.needs == "gramian"
+    products = None
+    if model.parts is None:
+        losses, own_gradient, jacobian, pull = _at_cut(model, model.part)
+        losses, own_gradient = model.total((losses, own_gradient))
+        if needs_products and at_cut:
+            products = model.total(gramian(jacobian))
+        elif needs_products:
+            products = gramian(model.total(_pull_each(_pull_in_scope(pull, options), jacobian, options)))
+    else:
+
+        def summed(part):
+            losses, own_gradient, jacobian, pull = _at_cut(model, part)
+            return losses, own_gradient, _pull_each(pull, jacobian, options), gramian(jacobian) if at_cut else None
+
+        losses, own_gradient, jacobian, products = model.sum(summed)
+        if needs_products and not at_cut:
+            products = gramian({path: rows for path, rows in jacobian.items() if _in_scope(label(path), options.scope)})
+    if needs_products and options.scope == "all":  # heads of different tasks have no parameter in common
+        squares = [sum(jnp.vdot(g, g) for g in jax.tree.leaves(own_gradient[task])) for task in model.heads]
+        products += jnp.diag(jnp.stack(squares))
+    weights, state, info = weigh(balancer, products, losses.loss, state, key, losses.denominator > 0)
+
+    def combined(weights):
+        rows = combine_rows(weights, jacobian)
+        return model.total(pull(rows)) if model.parts is None else rows
+
+    gradients = combined(weights)
+    if options.weighted_heads(balancer):
+        own_gradient = {
+            task: jax.tree.map(lambda g, w=weights[index]: w * g, own_gradient[task])
+            for index, task in enumerate(model.heads)  # sums leave dicts sorted by name
+        }
+    elif any(label(path).startswith("task/") for path in model.below):  # private tables are heads below the cut
+        plain = combined(jnp.ones_like(weights))
+        gradients |= {path: g for path, g in plain.items() if label(path).startswith("task/")}
+    return Balanced(gradients | _union(own_gradient), losses, weights, state, info)
+
+
+def _at_cut(model: _Model, part):
+    """Losses of one part, gradients of each task's own parameters, its Jacobian at the cut, and the way down from there."""
+    leaves, pull, rebuild = _cut(lambda below: model.common(below, part), model.below)
+    losses, own_gradient, rows = {}, {}, {}
+    for task, head in model.heads.items():
 
         def loss(own, leaves, head=head):
-            result = head(own, rebuild(leaves))
+            result = head(own, rebuild(leaves), part)
             return result.loss, result
 
         gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (_, losses[task]), (own_gradient[task], at_cut[task]) = gradient(own[task], leaves)
-    losses = _stack(losses)
-    jacobian = jax.tree.map(lambda *rows: jnp.stack(rows), *at_cut.values())
-    products = None
-    if balancer.needs == "gramian":
-        products = _gramian(jacobian, pull, own_gradient, options)
-    weights, state, info = weigh(balancer, products, losses.loss, state, key, losses.denominator > 0)
-    gradients = pull(combine_rows(weights, jacobian))
-    if options.weighted_heads(balancer):
-        own_gradient = {
-            task: jax.tree.map(lambda g, w=weights[index]: w * g, gradient)
-            for index, (task, gradient) in enumerate(own_gradient.items())
-        }
-    elif any(label(path).startswith("task/") for path in below):  # private tables are heads below the cut
-        plain = pull(combine_rows(jnp.ones_like(weights), jacobian))
-        gradients |= {path: g for path, g in plain.items() if label(path).startswith("task/")}
-    return Balanced(gradients | _union(own_gradient), losses, weights, state, info)
+        (_, losses[task]), (own_gradient[task], rows[task]) = gradient(model.own[task], leaves)
+    return _stack(losses), own_gradient, jax.tree.map(lambda *row: jnp.stack(row), *rows.values()), pull
 
 
 def _cut(common, below):
@@ -196,21 +276,13 @@ def _cut(common, below):
     return leaves, lambda cotangent: pull(cotangent)[0], rebuild
 
 
-def _gramian(jacobian, pull, own_gradient, options: BalancingOptions) -> Float[Array, "task task"]:
-    """Inner products of the task gradients in the scope; a Jacobian over tables is held only where they are in it."""
-    if options.scope == "representation":
-        return gramian(jacobian)
+def _pull_in_scope(pull, options: BalancingOptions):
+    """The pull-back to parameters in the scope; a Jacobian over tables is held only where they are in it."""
+    return lambda cotangent: {path: g for path, g in pull(cotangent).items() if _in_scope(label(path), options.scope)}
 
-    def in_scope(cotangent):
-        pulled = pull(cotangent)
-        return {path: gradient for path, gradient in pulled.items() if _in_scope(label(path), options.scope)}
 
-    rows = jax.lax.map(in_scope, jacobian) if options.jacobian == "map" else jax.vmap(in_scope)(jacobian)
-    products = gramian(rows)
-    if options.scope == "all":  # heads of different tasks have no parameter in common
-        squares = [sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)) for gradient in own_gradient.values()]
-        products += jnp.diag(jnp.stack(squares))
-    return products
+def _pull_each(pull, jacobian, options: BalancingOptions):
+    return jax.lax.map(pull, jacobian) if options.jacobian == "map" else jax.vmap(pull)(jacobian)
 
 
 def _in_scope(kind: str, scope: str) -> bool:

@@ -9,7 +9,7 @@ from mtl_jax.metrics.tasks import METRICS
 from mtl_jax.tasks import Task
 
 MEAN_GAIN = "mean_gain"
-LOWER_IS_BETTER = ("logloss", "ne", "ece_width_10", "ece_mass_20", "rmse", "mae")
+LOWER_IS_BETTER = ("logloss", "ne", "ece_width_10", "ece_mass_20", "rmse", "mae", "poisson_deviance")
 NOT_ORDERED = ("pcoc",)
 
 

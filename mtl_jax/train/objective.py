@@ -44,26 +44,54 @@ class Objective:
                     f"objective.{field} is '{getattr(self, field)}'; expected one of {list(choices)}. Change it"
                 )
 
+    def denominator(self, task: Task, batch: Mapping[str, Any]) -> Float[Array, ""]:
+        """D_k of a batch: the weights of the task's observed labels."""
+        return jnp.sum(_scale(task, batch))
+
     def __call__(
-        self, task: Task, outputs: Float[Array, "batch *out"], batch: Mapping[str, Any], key: PRNGKeyArray | None = None
+        self,
+        task: Task,
+        outputs: Float[Array, "batch *out"],
+        batch: Mapping[str, Any],
+        total: Float[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> "TaskLoss":
-        """The loss of one task on a batch; ``key`` for losses that sample."""
-        mask = batch["mask"][task.name]
-        scale = mask * batch["weight"]
-        if task.name in batch["task_weight"]:
-            scale = scale * batch["task_weight"][task.name]
+        """The loss of one task on a batch.
+
+        Args:
+          task: The task.
+          outputs: Of its head.
+          batch: Labels, masks and weights.
+          total: D_k of the whole step, where the batch is a part of it: the losses of the parts then add up to the loss
+            of the step. By default the batch is the step.
+          key: For losses that sample.
+        """
+        scale = _scale(task, batch)
         # A row of weight 0 (padding) counts as unobserved: its label must not reach the loss either.
         elements = losses.element_losses(task, outputs, batch["labels"][task.name], scale > 0, key=key)
         numerator, denominator = jnp.sum(scale * elements), jnp.sum(scale)
         loss = numerator
         if self.reduction == "mean":
-            loss = numerator / jnp.where(denominator > 0, denominator, 1.0)
+            total = denominator if total is None else total
+            loss = numerator / jnp.where(total > 0, total, 1.0)
         return TaskLoss(task.loss_weight * loss, numerator, denominator)
 
 
 class TaskLoss(NamedTuple):
-    """One task's loss in a step, with the sums that it came from (for averages over several steps)."""
+    """One task's loss in a step or a part of it, with the sums that it came from. Losses of the parts of a step add up."""
 
     loss: Float[Array, ""]
     numerator: Float[Array, ""]
     denominator: Float[Array, ""]
+
+
+def _scale(task: Task, batch: Mapping[str, Any]) -> Float[Array, "batch *width"]:
+    """m s of every label; row masks and row weights count for all labels of a row."""
+    labels, scale = batch["labels"][task.name], batch["weight"]
+    if task.name in batch["task_weight"]:
+        scale = scale * batch["task_weight"][task.name]
+
+    def over_labels(rows):
+        return rows.reshape(rows.shape + (1,) * (labels.ndim - rows.ndim))
+
+    return jnp.broadcast_to(over_labels(batch["mask"][task.name]) * over_labels(scale), labels.shape)

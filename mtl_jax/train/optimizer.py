@@ -1,6 +1,8 @@
 """Optimizer: an optax transform with a learning rate, decay by label, and clipping over all gradients."""
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +12,10 @@ import optax
 from jaxtyping import Array, Float
 
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import label
+from mtl_jax.model import decays, label
 
 LABEL_KINDS = ("embedding", "shared", "task", "aux")
+DEFAULT = "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Optimizer:
     Attributes:
       transform: An optax transform without learning rate, like ``optax.scale_by_adam()``. For tables updated by rows it
         must work row by row (as the ``scale_by_*`` transforms do).
-      learning_rate: A number > 0, or an optax schedule of the step.
+      learning_rate: A number > 0 or an optax schedule of the step; or one by label (``embedding``, ``shared``, ``task``,
+        ``aux``, or one task's ``task/<name>``), with ``default`` for labels that are not named.
       weight_decay: Decoupled decay (Loshchilov and Hutter, ICLR 2019): a number for all labels, or one by label kind
         (``embedding``, ``shared``, ``task``, ``aux``; what is not named has none). In tables updated by rows only
         touched rows decay.
@@ -36,7 +40,7 @@ class Optimizer:
     """
 
     transform: optax.GradientTransformation = dataclasses.field(default_factory=optax.scale_by_adam)
-    learning_rate: float | optax.Schedule = 1e-3
+    learning_rate: float | optax.Schedule | Mapping[str, float | optax.Schedule] = 1e-3
     weight_decay: float | Mapping[str, float] = 0.0
     clip_norm: float | None = None
 
@@ -45,33 +49,66 @@ class Optimizer:
             raise ConfigError(
                 f"optimizer.transform is {self.transform!r}; expected an optax transform like optax.scale_by_adam()"
             )
-        if not callable(self.learning_rate) and not self.learning_rate > 0:
-            raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; expected a number > 0 or a schedule")
+        rates = self.learning_rate if isinstance(self.learning_rate, Mapping) else {DEFAULT: self.learning_rate}
+        for name, rate in rates.items():
+            if not callable(rate) and not (_is_number(rate) and 0 < rate < math.inf):
+                raise ConfigError(
+                    f"optimizer.learning_rate is {self.learning_rate!r}; expected a number > 0 or a schedule, or one by "
+                    f"label of {[*LABEL_KINDS, 'task/<name>', DEFAULT]}. Change it"
+                )
+            if name.split("/")[0] not in (*LABEL_KINDS, DEFAULT):
+                raise ConfigError(
+                    f"optimizer.learning_rate names the label '{name}'; expected some of "
+                    f"{[*LABEL_KINDS, 'task/<name>', DEFAULT]}. Rename it"
+                )
         decay = self.weight_decay
+        if not _is_number(decay) and not isinstance(decay, Mapping):
+            raise ConfigError(
+                f"optimizer.weight_decay is {decay!r}; expected a number >= 0, or one by label. Change it"
+            )
         decay = dict.fromkeys(LABEL_KINDS, decay) if not isinstance(decay, Mapping) else dict(decay)
         unknown = sorted(set(decay) - set(LABEL_KINDS))
-        if unknown or any(rate < 0 for rate in decay.values()):
+        if unknown or not all(_is_number(rate) and 0 <= rate < math.inf for rate in decay.values()):
             raise ConfigError(
-                f"optimizer.weight_decay is {self.weight_decay}; expected rates >= 0 for labels of {list(LABEL_KINDS)}"
+                f"optimizer.weight_decay is {self.weight_decay}; expected rates >= 0 for labels of {list(LABEL_KINDS)}. "
+                "Change them"
             )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ConfigError(f"optimizer.clip_norm is {self.clip_norm}; expected a number > 0 or null")
+        if self.clip_norm is not None and not (_is_number(self.clip_norm) and self.clip_norm > 0):
+            raise ConfigError(f"optimizer.clip_norm is {self.clip_norm!r}; expected a number > 0 or null. Change it")
         object.__setattr__(self, "weight_decay", decay)
 
     def dense(self) -> optax.GradientTransformation:
-        """The transform of a dict path -> array; the path gives the label, the label the decay."""
-        decays = [
-            optax.add_decayed_weights(rate, lambda params, kind=kind: {path: _kind(path) == kind for path in params})
+        """The transform of a dict path -> array; the path gives the label, the label decay and learning rate."""
+        decayed = [
+            optax.add_decayed_weights(
+                rate, lambda params, kind=kind: {p: decays(p) and _kind(p) == kind for p in params}
+            )
             for kind, rate in self.weight_decay.items()
             if rate > 0
         ]
-        return optax.chain(self.transform, *decays, optax.scale_by_learning_rate(self.learning_rate))
+        if not isinstance(self.learning_rate, Mapping):
+            return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(self.learning_rate))
+        rates = {name: optax.scale_by_learning_rate(rate) for name, rate in self.learning_rate.items()}
+        by_label = optax.partition(rates, lambda params: {path: self._rate_name(path) for path in params})
+        return optax.chain(self.transform, *decayed, by_label)
 
     def rows(self, path: str) -> optax.GradientTransformation:
         """The transform of the rows of one table."""
-        rate = self.weight_decay.get(_kind(path), 0.0)
-        decays = [optax.add_decayed_weights(rate)] if rate > 0 else []
-        return optax.chain(self.transform, *decays, optax.scale_by_learning_rate(self.learning_rate))
+        decay = self.weight_decay.get(_kind(path), 0.0)
+        decayed = [optax.add_decayed_weights(decay)] if decay > 0 else []
+        rate = self.learning_rate
+        rate = rate[self._rate_name(path)] if isinstance(rate, Mapping) else rate
+        return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(rate))
+
+    def _rate_name(self, path: str) -> str:
+        """The entry of ``learning_rate`` that a parameter follows."""
+        for name in (label(path), _kind(path), DEFAULT):
+            if name in self.learning_rate:
+                return name
+        raise ConfigError(
+            f"optimizer.learning_rate has rates for {list(self.learning_rate)}; expected one for the label "
+            f"'{label(path)}' of this model. Add it, or '{DEFAULT}'"
+        )
 
 
 def clip(gradients: dict[str, Array], bound: float | None) -> tuple[dict[str, Array], Float[Array, ""]]:
@@ -91,6 +128,11 @@ def as_optimizer(optimizer: Any) -> Optimizer:
         # the transform already descends: undo the sign that scale_by_learning_rate puts on
         return Optimizer(optax.chain(optimizer, optax.scale(-1.0)), learning_rate=1.0)
     raise ConfigError(f"optimizer is {optimizer!r}; expected mtl_jax.train.Optimizer or an optax transform")
+
+
+def _is_number(value: Any) -> bool:
+    """Also for an array of one number, which the run axis of seeds and rates may put here."""
+    return not isinstance(value, bool) and (isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0)
 
 
 def _kind(path: str) -> str:

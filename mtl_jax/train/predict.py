@@ -1,5 +1,6 @@
 """One compiled pass over a part: the outputs of every task for every row."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -9,28 +10,34 @@ import numpy as np
 
 from mtl_jax.data.batching import as_batch, take
 from mtl_jax.data.dataset import Encoded
+from mtl_jax.train.parallel import Devices
 from mtl_jax.train.state import Functional, Params
 
 ROWS_PER_BLOCK = 8192
 
 
-def predict(functional: Functional, arrays: Params, rows: Encoded | Mapping[str, Any]) -> dict[str, np.ndarray]:
+def predict(
+    functional: Functional, arrays: Params, rows: Encoded | Mapping[str, Any], devices: Devices | None = None
+) -> dict[str, np.ndarray]:
     """Outputs of all tasks: logits, or standardised predictions of regression tasks.
 
     Args:
       functional: Static view of the model.
       arrays: Path -> array, for all arrays of the model.
       rows: A part, or its batch on the device (see :func:`mtl_jax.data.batching.as_batch`).
+      devices: Over which the rows are spread; arrays and batch are replicated there. By default one.
 
     Returns:
       Task -> f32[N] or f32[N, C] on the host.
     """
     data = as_batch(rows) if isinstance(rows, Encoded) else rows
     num_rows = data["ids"].shape[0]
-    block = min(ROWS_PER_BLOCK, num_rows)
+    devices = Devices(count=1) if devices is None else dataclasses.replace(devices, strategy="jit")
+    block = devices.multiple(min(ROWS_PER_BLOCK, num_rows))
     order = np.arange(-(-num_rows // block) * block, dtype=np.int32)
     order = np.where(order < num_rows, order, -1).reshape(-1, block)
-    outputs = jax.device_get(_pass_over(functional, arrays, data, jax.device_put(order)))
+    order = jax.device_put(order) if devices.number == 1 else devices.spread(order)
+    outputs = jax.device_get(_pass_over(functional, arrays, data, order))
     return {task: blocks.reshape(-1, *blocks.shape[2:])[:num_rows] for task, blocks in outputs.items()}
 
 

@@ -1,7 +1,7 @@
-"""What a run shows while it trains: a bar with losses, speed and time left on a terminal, nothing elsewhere."""
+"""What a run tells while it trains, and a bar that shows it on a terminal."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 from rich.console import Console
@@ -11,66 +11,141 @@ History = Sequence[Mapping[str, Any]]
 
 
 class Observer(Protocol):
-    """Is told how a run goes. All values are host numbers; nothing here may touch the device."""
+    """Is told how a run goes. Whoever derives from it overrides what concerns it; the rest does nothing.
 
-    def started(self, *, total_steps: int, done_steps: int) -> None: ...
+    All values are host numbers, but for the arrays that an observer asks for. Nothing here may change a result.
 
-    def advanced(self, *, steps: int, epoch: int, losses: Mapping[str, float], examples_per_second: float) -> None: ...
+    Attributes:
+      wants_arrays: Whether :meth:`parameters` is called.
+    """
 
-    def evaluated(
-        self, *, epoch: int, values: Mapping[str, float | None], monitor: float | None, best: bool, history: History
-    ) -> None: ...
-
-    def finished(self) -> None: ...
-
-
-class Quiet:
-    """Shows nothing."""
+    wants_arrays: bool = False
 
     def started(self, *, total_steps: int, done_steps: int) -> None:
-        pass
+        """Once, before compilation; a resumed run has ``done_steps`` behind it."""
 
-    def advanced(self, *, steps: int, epoch: int, losses: Mapping[str, float], examples_per_second: float) -> None:
-        pass
+    def advanced(
+        self,
+        *,
+        steps: int,
+        epoch: int,
+        losses: Mapping[str, float],
+        examples_per_second: float,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """After every call to the device.
+
+        Args:
+          steps: Of this call.
+          epoch: Under way, from 1.
+          losses: Mean of each task over the epoch so far; NaN without a label.
+          examples_per_second: Of this call.
+          weights: Mean balancing weight of each task over the epoch so far, where known.
+        """
 
     def evaluated(
         self, *, epoch: int, values: Mapping[str, float | None], monitor: float | None, best: bool, history: History
     ) -> None:
-        pass
+        """After every evaluation on validation; ``history`` is that of the whole run."""
+
+    def parameters(self, step: int, arrays: Mapping[str, Any]) -> None:
+        """After every epoch, where :attr:`wants_arrays`; path -> device array, alive during this call only."""
+
+    def saved(self, *, step: int) -> None:
+        """After every checkpoint."""
 
     def finished(self) -> None:
-        pass
+        """Once, however training ends."""
 
 
-class Bar:
-    """A progress bar, with a line for every evaluation above it."""
+class Quiet(Observer):
+    """Shows nothing."""
 
-    def __init__(self, console: Console | None = None):
+
+class Observers(Observer):
+    """Several observers as one: each is told everything, in their order."""
+
+    def __init__(self, *observers: Observer):
+        self.observers = observers
+        self.wants_arrays = any(observer.wants_arrays for observer in observers)
+
+    def started(self, **facts: Any) -> None:
+        for observer in self.observers:
+            observer.started(**facts)
+
+    def advanced(self, **facts: Any) -> None:
+        for observer in self.observers:
+            observer.advanced(**facts)
+
+    def evaluated(self, **facts: Any) -> None:
+        for observer in self.observers:
+            observer.evaluated(**facts)
+
+    def parameters(self, step: int, arrays: Mapping[str, Any]) -> None:
+        for observer in self.observers:
+            if observer.wants_arrays:
+                observer.parameters(step, arrays)
+
+    def saved(self, **facts: Any) -> None:
+        for observer in self.observers:
+            observer.saved(**facts)
+
+    def finished(self) -> None:
+        """Ends every observer, also where one before it fails: a bar must give the terminal back."""
+        failures = []
+        for observer in self.observers:
+            try:
+                observer.finished()
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+
+class Bar(Observer):
+    """A progress bar, with a line for every evaluation above it.
+
+    Args:
+      console: Where it is drawn; standard error by default.
+      device: Gives the text about the device (see :meth:`mtl_jax.train.device_use.DeviceUse.line`).
+    """
+
+    def __init__(self, console: Console | None = None, *, device: Callable[[], str] = lambda: ""):
         self.console = console or Console(stderr=True)
+        self.device = device
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total} steps"),
             TextColumn("{task.fields[losses]}"),
             TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[device]}"),
             TimeRemainingColumn(),
             console=self.console,
         )
 
     @classmethod
-    def on_terminal(cls) -> "Self | Quiet":
+    def on_terminal(cls, *, device: Callable[[], str] = lambda: "") -> "Self | Quiet":
         """A bar where standard error is a terminal, else nothing."""
-        return cls() if sys.stderr.isatty() else Quiet()
+        return cls(device=device) if sys.stderr.isatty() else Quiet()
 
     def started(self, *, total_steps: int, done_steps: int) -> None:
-        fields = {"epoch": 1, "losses": "compiling", "speed": ""}
+        fields = {"epoch": 1, "losses": "compiling", "speed": "", "device": ""}
         self.task = self.progress.add_task("train", total=total_steps, completed=done_steps, **fields)
         self.progress.start()
 
-    def advanced(self, *, steps: int, epoch: int, losses: Mapping[str, float], examples_per_second: float) -> None:
+    def advanced(
+        self,
+        *,
+        steps: int,
+        epoch: int,
+        losses: Mapping[str, float],
+        examples_per_second: float,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
         text = "  ".join(f"{task} {loss:.4f}" for task, loss in losses.items())
         speed = f"{examples_per_second:,.0f} ex/s"
-        self.progress.update(self.task, advance=steps, epoch=epoch, losses=text, speed=speed)
+        self.progress.update(self.task, advance=steps, epoch=epoch, losses=text, speed=speed, device=self.device())
 
     def evaluated(
         self, *, epoch: int, values: Mapping[str, float | None], monitor: float | None, best: bool, history: History

@@ -9,6 +9,7 @@ import numpy as np
 
 from mtl_jax.data.dataset import Encoded
 from mtl_jax.model import MultiTaskModel
+from mtl_jax.train.monitor import Monitor
 from mtl_jax.train.predict import predict
 from mtl_jax.train.state import Functional
 from mtl_jax.train.step import Sums
@@ -19,30 +20,51 @@ class Position:
     """Where a run stands; saved with every checkpoint, so that a resumed run goes on as if nothing had happened.
 
     Attributes:
-      epoch: Finished epochs.
+      stage: Number of the stage of training.
+      epoch: Finished epochs of the stage.
       step: Finished steps of the epoch under way.
       history: Rows ``{step, part, task, name, value}`` of everything measured so far.
       sums: Name -> value of the epoch under way, per task where it has one (see :class:`mtl_jax.train.step.Sums`).
       skipped: Steps without an update, over the whole run.
-      best_step: Step of the best evaluation.
-      best_value: Its monitored value.
-      stale: Evaluations since.
-      finished: Whether training has ended.
+      best: Monitor of the stage -> ``{step, value, stale}``: its best evaluation, and how many came since.
+      selected: ``{step}`` of what the first stage selected, once it has ended in another one.
+      finished: Whether the stage has ended.
       train_seconds: Time in compiled steps, without compilation and evaluation.
       examples: Rows trained on in that time.
     """
 
+    stage: int = 0
     epoch: int = 0
     step: int = 0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sums: dict[str, Any] = dataclasses.field(default_factory=dict)
     skipped: int = 0
-    best_step: int | None = None
-    best_value: float | None = None
-    stale: int = 0
+    best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    selected: dict[str, Any] = dataclasses.field(default_factory=dict)
     finished: bool = False
     train_seconds: float = 0.0
     examples: int = 0
+
+    def judge(self, monitor: Monitor, values: Mapping[str, Mapping[str, float | None]], at: int, patience: int) -> bool:
+        """Whether an evaluation at step ``at`` is the best so far of a monitor that has not run out of patience."""
+        value = monitor.value(values)
+        best = self.best.setdefault(monitor.name, {"step": None, "value": None, "stale": 0})
+        if self.out_of_patience(monitor, patience):
+            return False
+        if best["step"] is None or monitor.score(value) > monitor.score(best["value"]):
+            best.update(step=at, value=value, stale=0)
+            return True
+        best["stale"] += 1
+        return False
+
+    def out_of_patience(self, monitor: Monitor, patience: int) -> bool:
+        return patience > 0 and self.best[monitor.name]["stale"] >= patience
+
+    def next_stage(self) -> None:
+        """Begins the next stage; history and totals go on."""
+        self.selected = {"step": self.best_step}
+        self.stage, self.epoch, self.step, self.sums = self.stage + 1, 0, 0, {}
+        self.best, self.finished = {}, False
 
     def add(self, sums: Sums) -> None:
         """Adds what one call summed up, in float64."""
@@ -56,24 +78,46 @@ class Position:
         denominator = np.asarray(self.sums["denominator"])
         return np.asarray(self.sums["numerator"]) / np.where(denominator > 0, denominator, np.nan)
 
+    def mean_weights(self) -> np.ndarray:
+        """Mean balancing weight of each task in the epoch under way."""
+        return np.asarray(self.sums["weight"]) / max(self.sums["steps"], 1)
+
     def close_epoch(
         self,
         at: int,
         tasks: Sequence[str],
         values: Mapping[str, Mapping[str, float | None]],
-        monitor: str,
-        value: float,
+        monitor: Monitor,
+        *,
+        weighted: bool = True,
     ) -> None:
         """Ends the epoch at step ``at``: training losses, weights and validation metrics go into the history."""
-        steps = max(self.sums["steps"], 1)
         for index, task in enumerate(tasks):
             self._record(at, "train", task, "loss", self.mean_losses()[index])
-            self._record(at, "train", task, "weight", self.sums["weight"][index] / steps)
+            if weighted:
+                self._record(at, "train", task, "weight", self.mean_weights()[index])
             for name, metric in values[task].items():
                 self._record(at, "valid", task, name, metric)
         self._record(at, "train", None, "null_rows", self.sums["null_rows"])
-        self._record(at, "valid", None, monitor, value)
+        self._record(at, "valid", None, monitor.name, monitor.value(values))
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+
+    @property
+    def best_step(self) -> int | None:
+        """Step of the selection over all parameters."""
+        return self.selected["step"] if self.selected else next(iter(self.best.values()), {"step": None})["step"]
+
+    def selection(self, monitor: Monitor, values: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+        """``{name, value, step}`` of the selection, whose metrics are ``values``; after staged training by task too."""
+        if not self.selected:
+            best = self.best[monitor.name]
+            return {"name": monitor.name, "value": best["value"], "step": best["step"]}
+        tasks = {
+            name.rsplit("/", 1)[0]: {"name": name, "value": best["value"], "step": best["step"]}
+            for name, best in self.best.items()
+        }
+        step = max(best["step"] for best in self.best.values())
+        return {"name": monitor.name, "value": monitor.value(values), "step": step, "tasks": tasks}
 
     def last(self, name: str) -> dict[str, float | None]:
         """The newest value of one name by task."""
@@ -93,7 +137,7 @@ class Result:
       metrics: ``valid`` -> task -> metric -> value, at the selected step.
       support: ``valid`` -> task -> metric -> what the value was computed from.
       history: Rows ``{step, part, task, name, value}``.
-      monitor: ``{name, value, step}`` of the selection.
+      monitor: ``{name, value, step}`` of the selection; after staged training also ``tasks``: the same by task.
       timing: ``{examples_per_second, compile_seconds, wall_seconds, steps}``.
       params: Numbers of parameters by kind of label, ``total`` and ``flops_per_example``.
       diagnostics: ``{scope, head_gradient, task_weights, skipped_steps}``.

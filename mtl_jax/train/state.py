@@ -25,6 +25,8 @@ class TrainState(NamedTuple):
       row_opt: Path -> optimizer state of that table.
       slots: Vocabulary -> int32[V], scratch of the row compaction; its content carries no meaning between steps.
       balancer: State of the balancer.
+      average: Path -> moving average, of the paths in ``params`` and ``tables``; empty without one.
+      selected: Path -> best value so far of parameters that are selected task by task; empty elsewhere.
       key: Root key of the run; every draw folds in a name and the step.
       live: False once the run met a non-finite loss or gradient; updates stop there.
     """
@@ -37,6 +39,8 @@ class TrainState(NamedTuple):
     row_opt: dict[str, PyTree]
     slots: dict[str, Int[Array, " row"]]
     balancer: PyTree
+    average: dict[str, PyTree]
+    selected: Params
     key: PRNGKeyArray
     live: Bool[Array, ""]
 

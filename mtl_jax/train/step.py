@@ -1,25 +1,29 @@
 """The train step: one pure function from (state, batch) to (state, sums)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mtl_jax.balancing import Balancer
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import MultiTaskModel, is_table
+from mtl_jax.model import Inputs, MultiTaskModel, is_table
 from mtl_jax.nn import Context, stream
 from mtl_jax.sharing import Strategy
 from mtl_jax.tasks import Task
-from mtl_jax.train import tables
+from mtl_jax.train import average, tables
+from mtl_jax.train.average import RowAverage
 from mtl_jax.train.gradients import Balanced, BalancingOptions, balanced_gradients, check_scope
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.optimizer import Optimizer, clip
-from mtl_jax.train.state import Functional, TrainState
+from mtl_jax.train.parallel import total
+from mtl_jax.train.state import Functional, Params, TrainState
+
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Sums(NamedTuple):
@@ -61,6 +65,11 @@ class Step:
       options: Scope and head gradient.
       optimizer: Updates.
       sparse: Vocabulary -> features, for tables of which only the touched rows are updated.
+      micro_batches: Parts that a batch is computed in, one after the other, to bound memory; they divide the batch.
+      precision: Type of the network's arithmetic, ``float32`` or ``bfloat16``. Parameters, tables, losses, sums of
+        gradients, Gramian, solvers and optimizer stay in float32.
+      average: Decay of a moving average of the parameters, in (0, 1); None keeps none.
+      axis: Named axis of devices to sum over (see :class:`mtl_jax.train.parallel.Devices`).
     """
 
     functional: Functional
@@ -70,6 +79,16 @@ class Step:
     options: BalancingOptions
     optimizer: Optimizer
     sparse: Mapping[str, tuple[str, ...]]
+    micro_batches: int = 1
+    precision: str = "float32"
+    average: float | None = None
+    axis: str | None = None
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision is '{self.precision}'; expected one of {list(PRECISIONS)}. Change it")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ConfigError(f"trainer.average is {self.average}; expected a decay in (0, 1), or null. Change it")
 
     @classmethod
     def of(
@@ -83,6 +102,12 @@ class Step:
         options: BalancingOptions = BalancingOptions(),
         optimizer: Optimizer = Optimizer(),
         table_updates: Mapping[str, str] | None = None,
+        micro_batches: int = 1,
+        precision: str = "float32",
+        average: float | None = None,
+        axis: str | None = None,
+        trainable: Callable[[str], bool] = lambda path: True,
+        start: int = 0,
     ) -> tuple["Step", TrainState]:
         """The step of a model and the state before the first one.
 
@@ -95,6 +120,12 @@ class Step:
           options: Scope and head gradient.
           optimizer: Updates.
           table_updates: Vocabulary -> ``dense`` or ``sparse`` (see :func:`mtl_jax.train.tables.choose`); dense if absent.
+          micro_batches: As in the class.
+          precision: As in the class.
+          average: As in the class.
+          axis: As in the class.
+          trainable: Whether a parameter, named by its path, is trained; the others are not even differentiated.
+          start: Number of updates that lie behind the model's values.
 
         Raises:
           ConfigError: The tasks are not the model's, or the balancer cannot work with this model.
@@ -105,6 +136,8 @@ class Step:
                 "Build the model from the same schema"
             )
         functional, params, rest = Functional.of(model)
+        rest |= {path: array for path, array in params.items() if not trainable(path)}
+        params = {path: array for path, array in params.items() if trainable(path)}
         balancer = balancer.for_tasks(tasks)
         check_scope(params, balancer, options.scope)
         chosen = {name for name, choice in (table_updates or {}).items() if choice == tables.SPARSE}
@@ -114,11 +147,15 @@ class Step:
         sparse = {name: readers[name] for name in readers if name in chosen}
         by_rows = {path for path in params if is_table(path) and _vocabulary(path) in sparse}
         whole = {path: array for path, array in params.items() if path not in by_rows}
-        step = cls(functional, tuple(tasks), objective, balancer, options, optimizer, sparse)
+        sparse = {name: sparse[name] for name in sparse if name in map(_vocabulary, by_rows)}
+        step = cls(
+            functional, tuple(tasks), objective, balancer, options, optimizer, sparse,
+            micro_batches=micro_batches, precision=precision, average=average, axis=axis,
+        )  # fmt: skip
         rows = {path: params[path] for path in sorted(by_rows)}
         sizes = {_vocabulary(path): array.shape[0] for path, array in rows.items()}
         state = TrainState(
-            step=jnp.zeros((), jnp.int32),
+            step=jnp.asarray(start, jnp.int32),
             params=whole,
             rest=rest,
             opt=optimizer.dense().init(whole),
@@ -126,6 +163,10 @@ class Step:
             row_opt={path: optimizer.rows(path).init(array) for path, array in rows.items()},
             slots={name: jnp.zeros(size, jnp.int32) for name, size in sizes.items()},
             balancer=balancer.init(len(tasks), whole),
+            average={}
+            if average is None
+            else jax.tree.map(jnp.copy, whole) | {path: RowAverage.of(array, start) for path, array in rows.items()},
+            selected={},
             key=key,
             live=jnp.array(True),
         )
@@ -137,7 +178,7 @@ class Step:
         inputs = self.functional.merge(state.params, state.tables, state.rest).inputs(batch)
         slots, compacted = dict(state.slots), {}
         for name, features in self.sparse.items():
-            inputs, slots[name], compacted[name] = tables.renumber(inputs, features, slots[name])
+            inputs, slots[name], compacted[name] = tables.renumber(inputs, features, slots[name], self.axis)
         rows = {path: table[compacted[_vocabulary(path)].ids] for path, table in state.tables.items()}
         balanced = self._balance(state, rows, inputs, batch, key)
         gradients, norm = clip(balanced.gradients, self.optimizer.clip_norm)
@@ -149,6 +190,7 @@ class Step:
 
         dense = {path: gradients[path] for path in state.params}
         updates, opt = self.optimizer.dense().update(dense, state.opt, state.params)
+        params = select(optax.apply_updates(state.params, updates), state.params)
         new_tables, row_opt = {}, {}
         for path, table in state.tables.items():
             new_tables[path], row_opt[path] = tables.update_rows(
@@ -160,45 +202,92 @@ class Step:
                 update,
             )
         proceed = state.live if self.objective.nonfinite == "skip" else update
-        new_state = TrainState(
+        new_state = state._replace(
             step=state.step + proceed,
-            params=select(optax.apply_updates(state.params, updates), state.params),
-            rest=state.rest,
+            params=params,
             opt=select(opt, state.opt),
             tables=new_tables,
             row_opt=row_opt,
             slots=slots,
             balancer=select(balanced.state, state.balancer),
-            key=state.key,
+            average=self._average(state, params, new_tables, compacted, update) if state.average else {},
             live=proceed,
         )
         return new_state, self._sums(state, balanced, finite)
 
+    def evaluated(self, state: TrainState) -> Params:
+        """All arrays as they are evaluated and selected: the average of the parameters where there is one."""
+        arrays = state.params | state.tables | state.rest
+        for path, kept in state.average.items():
+            if isinstance(kept, RowAverage):
+                kept = average.forward(kept.rows, kept.seen, state.tables[path], state.step, self.average)
+            arrays[path] = kept
+        return arrays
+
+    def _average(self, state: TrainState, params, new_tables, compacted, update):
+        step = state.step + 1
+        kept = {
+            path: jnp.where(update, average.update(state.average[path], new, step, self.average), state.average[path])
+            for path, new in params.items()
+        }
+        for path, new in new_tables.items():
+            rows, old = compacted[_vocabulary(path)], state.tables[path]
+            kept[path] = average.update_rows(state.average[path], old, new, rows, step, self.average, update)
+        return kept
+
     def _balance(self, state: TrainState, rows, inputs, batch, key) -> Balanced:
         params = state.params | rows
-        context = Context(train=True, step=state.step, rngs=stream(key, "model"))
+        denominators = {task.name: total(self.objective.denominator(task, batch), self.axis) for task in self.tasks}
 
         def merged(replaced):
-            return self.functional.merge(params | dict(replaced), state.rest)
+            return self.functional.merge(self._in_precision(params | dict(replaced)), self._in_precision(state.rest))
+
+        def context(part):
+            return Context(train=True, step=state.step, rngs=stream(part.key, "model"))
 
         def head(task: Task):
-            def loss(own, cut):
-                outputs = merged(own).head(task.name, cut, context)
-                return self.objective(task, outputs, batch, stream(key, f"loss/{task.name}"))
+            def loss(own, cut, part):
+                outputs = merged(own).head(task.name, cut, context(part))
+                drawn = stream(part.key, f"loss/{task.name}")
+                return self.objective(task, outputs, part.batch, denominators[task.name], drawn)
 
             return loss
 
         regularised = type(self.functional.merge(params, state.rest).sharing).regulariser is not Strategy.regulariser
         return balanced_gradients(
-            lambda below: merged(below).common(inputs, context),
+            lambda below, part: merged(below).common(part.inputs, context(part)),
             {task.name: head(task) for task in self.tasks},
             params,
+            **self._rows(inputs, batch, key),
             balancer=self.balancer,
             state=state.balancer,
             key=stream(key, "balancer"),
             options=self.options,
-            regulariser=(lambda p: merged(p).sharing.regulariser()) if regularised else None,
+            regulariser=(lambda p: self.functional.merge(p, state.rest).sharing.regulariser()) if regularised else None,
+            axis=self.axis,
         )
+
+    def _rows(self, inputs: Inputs, batch: Mapping[str, Any], key) -> dict[str, "_Part"]:
+        """The rows of this device, or its micro-batches, each with a key of its own for what it draws."""
+        if self.axis:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
+        if self.micro_batches == 1:
+            return {"part": _Part(inputs, batch, key)}
+
+        def cut(column):  # every n-th row, so that rows which lie on one device stay there
+            return jnp.moveaxis(column.reshape(-1, self.micro_batches, *column.shape[1:]), 1, 0)
+
+        inputs, batch = jax.tree.map(cut, (inputs, dict(batch)))
+        return {"parts": _Part(inputs, batch, jax.random.split(key, self.micro_batches))}
+
+    def _in_precision(self, arrays: Params) -> Params:
+        """The arrays that the network computes with. Lookups stay as they are: sums over repeated rows need the digits."""
+        if self.precision == "float32":
+            return arrays
+        return {
+            path: array.astype(self.precision) if array.dtype == jnp.float32 and not is_table(path) else array
+            for path, array in arrays.items()
+        }
 
     def _sums(self, state: TrainState, balanced: Balanced, finite) -> Sums:
         counted = state.live & finite
@@ -216,6 +305,14 @@ class Step:
             nonfinite=(bad & ~jnp.isfinite(balanced.losses.loss)).astype(jnp.int32),
             null_rows=keep(balanced.info["null_rows"]).astype(jnp.int32),
         )
+
+
+class _Part(NamedTuple):
+    """Rows that are computed together: the model's view of them, their labels, and a key."""
+
+    inputs: Inputs
+    batch: Mapping[str, Any]
+    key: PRNGKeyArray
 
 
 def _vocabulary(path: str) -> str:

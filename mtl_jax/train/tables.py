@@ -80,19 +80,23 @@ def compact(slots: Int[Array, " row"], ids: Int[Array, " lookup"]) -> tuple[Int[
 
 
 def renumber(
-    inputs: Inputs, names: Sequence[str], slots: Int[Array, " row"]
+    inputs: Inputs, names: Sequence[str], slots: Int[Array, " row"], axis: str | None = None
 ) -> tuple[Inputs, Int[Array, " row"], Compact]:
     """Compacts all ids of the features ``names``, which read one vocabulary, and lets them point to representatives.
 
     Rows of weight 0 (the padding of a batch) read the padding id: naming a table row is enough to move it by its momentum.
+    With a named ``axis`` the rows are those of all devices.
     """
-    flat = [_of_weighted_rows(inputs.lookups[name].ids, inputs.weight).reshape(-1) for name in names]
-    slots, rows = compact(slots, jnp.concatenate(flat))
-    lookups = dict(inputs.lookups)
+    ids = jnp.concatenate([_of_weighted_rows(inputs.lookups[name].ids, inputs.weight).reshape(-1) for name in names])
     start = 0
+    if axis is not None:
+        start = jax.lax.axis_index(axis) * ids.size
+        ids = jax.lax.all_gather(ids, axis, tiled=True)
+    slots, rows = compact(slots, ids)
+    lookups = dict(inputs.lookups)
     for name in names:
         lookup = lookups[name]
-        part = rows.representatives[start : start + lookup.ids.size]
+        part = jax.lax.dynamic_slice_in_dim(rows.representatives, start, lookup.ids.size)
         lookups[name] = lookup._replace(ids=part.reshape(lookup.ids.shape))
         start += lookup.ids.size
     return inputs._replace(lookups=lookups), slots, rows

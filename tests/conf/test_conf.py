@@ -4,15 +4,18 @@ from pathlib import Path
 
 import hydra
 import jax
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 import conf
 import mtl_jax
 from mtl_jax.config import build, plain
-from mtl_jax.data.batching import as_batch, epoch_order, take
+from mtl_jax.data.batching import as_batch, epoch_order
 from mtl_jax.run import KEYS, TRAINER_KEYS, build_model, build_parts
-from mtl_jax.train import Step
+from mtl_jax.train import Step, compile_step
+from mtl_jax.train.loop import run_steps
+from mtl_jax.train.parallel import Devices
 
 ROOT = Path(conf.__file__).parent
 NODES = sorted(
@@ -45,14 +48,16 @@ def test_every_node_trains_two_steps(group, name, dataset):
     assert set(config) <= set(KEYS)
     assert set(config["trainer"]) == set(TRAINER_KEYS)
     parts = build_parts(config)
-    parts.pop("parallel")
-    step, state = Step.of(build_model(config, dataset), dataset.schema.tasks, key=jax.random.key(0), **parts)
-    data = as_batch(dataset.for_training().train)
+    devices = Devices(parts.pop("parallel"), parts.pop("devices"))
+    assert parts.pop("training") == "joint"
+    model = build_model(config, dataset)
+    step, state = Step.of(model, dataset.schema.tasks, key=jax.random.key(0), axis=devices.axis, **parts)
     before = jax.device_get(state.params)
-    run = jax.jit(step)
-    for rows in epoch_order(100, 50, seed=0, epoch=0)[:2]:
-        state, sums = run(state, take(data, rows))
-        assert int(sums.steps) == 1
+    run = compile_step(run_steps(step), devices, rows=(2,))
+    order = devices.spread(epoch_order(100, 50, seed=0, epoch=0)[:2])
+    state, data, count = devices.replicate((state, as_batch(dataset.for_training().train), np.int32(2)))
+    state, sums = run(state, data, order, count)
+    assert int(sums.steps) == 2
     changed = [path for path, array in jax.device_get(state.params).items() if (array != before[path]).any()]
     assert len(changed) >= 0.75 * len(before)
 

@@ -1,10 +1,12 @@
 """The generator of related tasks against its closed forms."""
 
 import numpy as np
+import polars as pl
 import pytest
 
 from mtl_jax.data import synthetic
 from mtl_jax.errors import ConfigError
+from mtl_jax.tasks import KINDS
 
 MATRIX = np.array([[1.0, 0.5, -0.2], [0.5, 1.0, 0.3], [-0.2, 0.3, 1.0]])
 
@@ -78,3 +80,30 @@ def test_data_set():
     assert synthetic.load(num_rows=1200, dim=3, p=0.5).identity != dataset.identity
     with pytest.raises(ConfigError, match="unknown recipe 'countries'"):
         synthetic.load(recipe="countries")
+
+
+def test_every_kind_follows_the_one_direction():
+    """All labels rise or fall with z, recovered here by regressing the rating; its noise variance is 1/4, and so is
+    that of the user effect."""
+    frame = synthetic.kinds(num_rows=20_000, dim=3, seed=0)
+    x = frame.select("x000", "x001", "x002").to_numpy().astype(float)
+    direction, *_ = np.linalg.lstsq(x, frame["rating"].to_numpy(), rcond=None)
+    assert np.linalg.norm(direction) == pytest.approx(1, abs=0.03)
+    z = x @ direction
+    assert (frame["rating"] - z).var() == pytest.approx(0.5, abs=0.05)
+    labels = {name: frame[name].cast(pl.Float64) for name in ("click", "stars", "spend")}
+    labels |= {name: frame["tags"].list.contains(name).cast(pl.Float64) for name in synthetic.TAGS}
+    labels["log visits"] = (frame["visits"].cast(pl.Float64) + 0.5).log()
+    for name, label in labels.items():
+        seen = label.is_not_null().to_numpy()
+        sign = -1 if name == "gift" else 1
+        assert sign * np.corrcoef(z[seen], label.drop_nulls())[0, 1] > 0.3, name
+    assert frame["visits"].null_count() / 20_000 == pytest.approx(0.1, abs=0.01)
+    assert frame["tags"].list.len().drop_nulls().min() == 0
+
+
+def test_the_recipe_of_all_kinds():
+    dataset = synthetic.load(recipe="kinds", num_rows=600, dim=2)
+    assert {task.kind for task in dataset.schema.tasks} == set(KINDS)
+    assert dataset.recipe == "kinds" and dataset.schema.user == "user"
+    assert synthetic.load(recipe="kinds", num_rows=600, dim=2, tasks=["tags"]).schema.task_names == ("tags",)

@@ -67,7 +67,7 @@ class Interrupting(Quiet):
     def started(self, *, total_steps, done_steps):
         self.begun = (total_steps, done_steps)
 
-    def advanced(self, *, steps, epoch, losses, examples_per_second):
+    def advanced(self, *, steps, epoch, losses, weights, examples_per_second):
         self.steps.append(steps)
         assert all(type(loss) is float or isinstance(loss, np.floating) for loss in losses.values())
         if len(self.steps) == self.at:

@@ -57,13 +57,13 @@ class World:
         self.jacobian, self.losses = jax.jit(jax.jacrev(losses, has_aux=True))(self.params)
         self.active = jnp.array([bool(jnp.any(self.batch["mask"][task.name] > 0)) for task in self.tasks])
 
-    def common(self, below):
+    def common(self, below, part=None):
         return self.functional.merge(self.params | dict(below)).common(
             self.functional.merge(self.params).inputs(self.batch)
         )
 
     def head(self, task):
-        def loss(own, cut):
+        def loss(own, cut, part=None):
             outputs = self.functional.merge(self.params | dict(own)).head(task.name, cut, Context())
             return Objective()(task, outputs, self.batch)
 

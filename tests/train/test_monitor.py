@@ -6,7 +6,12 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.tasks import Task
 from mtl_jax.train.monitor import Monitor, check_monitor
 
-TASKS = (Task("buy", "binary"), Task("spend", "regression"), Task("a/b", "multiclass", classes=("x", "y")))
+TASKS = (
+    Task("buy", "binary"),
+    Task("spend", "regression"),
+    Task("a/b", "multiclass", classes=("x", "y")),
+)
+ORDERED = (Task("stars", "ordinal", classes="xyz"), Task("visits", "count"))
 TRIVIAL = {"buy": {"auc": 0.5}, "spend": {"rmse": 2.0}, "a/b": {"accuracy": 0.25}}
 VALUES = {
     "buy": {"auc": 0.75, "logloss": 0.4, "pr_auc": None},
@@ -50,3 +55,12 @@ def test_unknown_names_are_refused(name):
     """pcoc is best at 1, neither high nor low: nothing to select by."""
     with pytest.raises(ConfigError, match=f"trainer.monitor is '{name}'.*'mean_gain', 'buy/auc'.*'spend/mae'"):
         check_monitor(name, TASKS)
+
+
+def test_kinds_whose_trivial_predictor_scores_zero():
+    """qwk of the trivial predictor is 0: the gain is then the value itself; a lower deviance is a gain."""
+    monitor = Monitor("mean_gain", ORDERED, {"stars": {"qwk": 0.0}, "visits": {"poisson_deviance": 2.0}})
+    values = {"stars": {"qwk": 0.4}, "visits": {"poisson_deviance": 1.5}}
+    assert monitor.value(values) == pytest.approx((0.4 + 0.25) / 2)
+    deviance = Monitor("visits/poisson_deviance", ORDERED, {})
+    assert deviance.score(1.5) > deviance.score(2.0)

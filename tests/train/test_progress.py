@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from mtl_jax.train import Bar, Quiet
+from mtl_jax.train.progress import Observer, Observers
 
 VALUES = {"click auc": 0.75, "spend rmse": None}
 
@@ -32,3 +33,50 @@ def test_a_bar_on_terminals_only(monkeypatch, terminal):
     stream.isatty = lambda: terminal
     monkeypatch.setattr("sys.stderr", stream)
     assert isinstance(Bar.on_terminal(), Bar if terminal else Quiet)
+
+
+def test_the_bar_shows_the_device():
+    screen = io.StringIO()
+    bar = Bar(
+        Console(file=screen, force_terminal=True, color_system=None, width=160), device=lambda: "gpu:0 3.5/78 GiB"
+    )
+    bar.started(total_steps=2, done_steps=0)
+    bar.advanced(steps=2, epoch=1, losses={"click": 0.5}, examples_per_second=1.0, weights={"click": 1.0})
+    bar.finished()
+    assert "gpu:0 3.5/78 GiB" in screen.getvalue()
+
+
+class Noting(Observer):
+    def __init__(self, notes, name, *, wants_arrays=False, fails=False):
+        self.notes, self.name, self.wants_arrays, self.fails = notes, name, wants_arrays, fails
+
+    def advanced(self, **facts):
+        self.notes.append((self.name, facts))
+
+    def parameters(self, step, arrays):
+        self.notes.append((self.name, step, arrays))
+
+    def finished(self):
+        self.notes.append((self.name, "finished"))
+        if self.fails:
+            raise OSError("disk full")
+
+
+def test_several_observers_are_told_in_order():
+    notes, call = [], {"steps": 1, "epoch": 1, "losses": {}, "examples_per_second": 1.0, "weights": None}
+    several = Observers(Noting(notes, "a"), Quiet(), Noting(notes, "b", wants_arrays=True))
+    several.started(total_steps=1, done_steps=0)
+    several.advanced(**call)
+    several.evaluated(epoch=1, values={}, monitor=None, best=True, history=[])
+    several.saved(step=1)
+    several.parameters(5, {"kernel": 1})
+    assert notes == [("a", call), ("b", call), ("b", 5, {"kernel": 1})]
+    assert several.wants_arrays and not Observers(Quiet(), Quiet()).wants_arrays
+
+
+def test_every_observer_ends_even_after_a_failure():
+    notes = []
+    several = Observers(Noting(notes, "a", fails=True), Noting(notes, "b"))
+    with pytest.raises(OSError, match="disk full"):
+        several.finished()
+    assert notes == [("a", "finished"), ("b", "finished")]

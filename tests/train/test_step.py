@@ -14,6 +14,7 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.sharing import SharedBottom
 from mtl_jax.train import Objective, Optimizer, Step, compile_step
 from mtl_jax.train.loop import run_steps
+from mtl_jax.train.parallel import Devices
 
 
 @pytest.fixture(scope="module")
@@ -234,4 +235,4 @@ def test_tasks_must_be_the_models(small_schema, make_model):
 
 def test_unknown_compilation_is_refused():
     with pytest.raises(ConfigError, match="parallel is 'magic'; expected one of"):
-        compile_step(jnp.sin, strategy="magic")
+        Devices("magic")

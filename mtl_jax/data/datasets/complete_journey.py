@@ -17,6 +17,7 @@ from mtl_jax.data.dataset import Dataset
 from mtl_jax.data.datasets.complete_journey_lines import category_domains, category_visits, merchandise_lines
 from mtl_jax.data.datasets.complete_journey_repurchase import LAST_WEEKS, block, repurchase_schema
 from mtl_jax.data.datasets.public import check_known, make, read_tables, select_tasks
+from mtl_jax.data.folds import Folds, fold_options
 
 SOURCE = "completejourney"
 TABLES = ("transactions", "products", "demographics")
@@ -32,6 +33,7 @@ def load(
     cache_dir: str | Path | None = None,
     download: bool = False,
     split_seed: int = 0,
+    split_folds: Folds | None = None,
     merchandise_only: bool = True,
 ) -> Dataset:
     """The fetched tables as a data set.
@@ -42,7 +44,8 @@ def load(
       tasks: Some of ``buy``, ``promo``, ``private``, ``coupon`` and ``spend``; all when None.
       cache_dir: Folder of the fetched tables; ``~/.cache/mtl_jax`` by default.
       download: Whether they are fetched if they are not there.
-      split_seed: Without effect on the parts: nothing is drawn.
+      split_seed: Of the folds; nothing else is drawn.
+      split_folds: Cross-validation inside the blocks of train and valid; it needs a group, such as ``household``.
       merchandise_only: Whether coupons, fuel and miscellaneous lines are left out.
 
     Returns:
@@ -65,10 +68,10 @@ def load(
         source=SOURCE,
         table_names=TABLES,
         parameters={"merchandise_only": merchandise_only},
-        key=("household", "category"),
+        key=("household", "category", "week"),
         split=split,
         split_seed=split_seed,
-        split_options={"windows": LAST_WEEKS},
+        split_options={"windows": LAST_WEEKS} | fold_options(split_folds),
     )
 
 

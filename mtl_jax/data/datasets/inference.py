@@ -91,9 +91,11 @@ def infer_feature(column: pl.Series) -> tuple[str | None, str]:
 
 
 def infer_kind(column: pl.Series) -> str:
-    """The kind of a task by its training labels."""
-    values = column.drop_nulls().unique()
+    """The kind of a task by its training labels; ordinal, count and zero_inflated are never guessed."""
     dtype = column.dtype
+    if isinstance(dtype, pl.List | pl.Array):
+        return "multilabel"
+    values = column.drop_nulls().unique()
     if dtype == pl.Boolean or (dtype.is_numeric() and set(values.to_list()) <= {0, 1}):
         return "binary"
     if dtype in (pl.String, pl.Categorical, pl.Enum) or (dtype.is_integer() and len(values) <= MAX_CLASSES):

@@ -18,6 +18,7 @@ import polars as pl
 
 from mtl_jax.data.dataset import Dataset
 from mtl_jax.data.datasets.public import check_known, make, read_tables, select_tasks
+from mtl_jax.data.folds import Folds, fold_options
 from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema, Vocabulary
 from mtl_jax.errors import SchemaError
 from mtl_jax.tasks import Task
@@ -41,6 +42,7 @@ def load(
     cache_dir: str | Path | None = None,
     download: bool = False,
     split_seed: int = 0,
+    split_folds: Folds | None = None,
     keep_age: bool = False,
 ) -> Dataset:
     """The fetched tables as a data set.
@@ -52,6 +54,7 @@ def load(
       cache_dir: Folder of the fetched tables; ``~/.cache/mtl_jax`` by default.
       download: Whether they are fetched if they are not there.
       split_seed: Of the hash order of rows or users.
+      split_folds: Cross-validation inside train and valid.
       keep_age: Whether age is a feature although the domain is a function of it.
 
     Returns:
@@ -79,6 +82,7 @@ def load(
         key=("user", "title"),
         split=split,
         split_seed=split_seed,
+        split_options=fold_options(split_folds),
     )
 
 

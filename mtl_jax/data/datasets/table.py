@@ -11,9 +11,11 @@ from typing import Any
 import polars as pl
 import yaml
 
+from mtl_jax.arguments import check_arguments
 from mtl_jax.data import splits
 from mtl_jax.data.dataset import Dataset
 from mtl_jax.data.datasets import inference
+from mtl_jax.data.folds import Folds, fold_options
 from mtl_jax.data.schema import Schema
 from mtl_jax.errors import ConfigError, MissingFile, SchemaError
 from mtl_jax.tasks import Task
@@ -42,6 +44,7 @@ def load(
     split_seed: int = 0,
     split_fractions: Sequence[float] = splits.FRACTIONS,
     split_options: Mapping[str, Any] | None = None,
+    split_folds: Folds | None = None,
     schema: str | Path | None = None,
     exclude: Sequence[str] | Mapping[str, str] = (),
     allow_leak: Mapping[str, str] | None = None,
@@ -61,8 +64,8 @@ def load(
     Args:
       path: A .parquet, .csv or .tsv file (UTF-8, with a header). Nothing of it is cached or copied.
       tasks: Column -> kind; or name -> fields of :class:`~mtl_jax.tasks.Task`; or columns, whose kinds are then
-        inferred: {0, 1} or boolean is binary, text or at most 20 distinct integers multiclass, other numbers
-        regression. With ``schema``, the names of the tasks to keep.
+        inferred: {0, 1} or boolean is binary, text or at most 20 distinct integers multiclass, lists multilabel, other
+        numbers regression; other kinds must be said. With ``schema``, the names of the tasks to keep.
       categorical: Columns with one value of a set.
       numeric: Columns with a number.
       multihot: List columns, or text with ``list_separator``, without an order.
@@ -73,13 +76,14 @@ def load(
       split_seed: Of the split.
       split_fractions: Shares of train, valid and test.
       split_options: Further parameters of the split, such as ``cuts``.
+      split_folds: Cross-validation inside train and valid.
       schema: A .yaml or .json file with a whole schema, as logged; no column is inferred then, and only ``tasks`` and
         the split arguments are read.
       exclude: Columns that must not be features, or column -> reason.
       allow_leak: Feature -> reason why it may tell a label.
       min_count: Categories seen less often in train are out of vocabulary.
       max_len: Entries kept of a list.
-      list_separator: Between the entries of a list that is stored as text.
+      list_separator: Between the entries of a list that is stored as text; also in the column of a multilabel task.
       cache_dir: Without effect, like ``download``: the file is yours.
       download: See ``cache_dir``.
 
@@ -91,20 +95,21 @@ def load(
     """
     del cache_dir, download
     path = Path(path)
-    frame = _split_lists(read(path), [*(multihot or ()), *(sequence or ())], list_separator)
+    unfitted = None if schema is None else read_schema(schema)
+    lists = [*(multihot or ()), *(sequence or ()), *_multilabel_columns(tasks if unfitted is None else unfitted.tasks)]
+    frame = _split_lists(read(path), lists, list_separator)
     roles = {"user": user, "item": item, "time": time, "domain": domain, "group": group, "weight": weight}
     listed = {"categorical": categorical, "numeric": numeric, "multihot": multihot, "sequence": sequence}
-    unfitted = None if schema is None else read_schema(schema)
     if unfitted is not None:
         unfitted = unfitted if tasks is None else unfitted.with_tasks(list(tasks))
-        user, time, domain = unfitted.user, unfitted.time, unfitted.domain
+        user, time, domain, group = unfitted.user, unfitted.time, unfitted.domain, unfitted.group
     else:
         _check_named(frame, path, roles, listed, exclude)
     split = split or ("time" if time else "cold_user" if user else "rows")
-    options = dict(split_options or {})
-    parts = splits.split(
-        frame, split, user=user, time=time, domain=domain, fractions=split_fractions, seed=split_seed, **options
-    )
+    options = dict(split_options or {}) | fold_options(split_folds)
+    splits.check_options(options)
+    keys = {"user": user, "time": time, "domain": domain, "group": group}
+    parts = splits.split(frame, split, **keys, fractions=split_fractions, seed=split_seed, **options)
     if unfitted is None:
         unfitted = inference.infer_schema(
             frame[parts["train"]],
@@ -139,10 +144,17 @@ def read(path: Path) -> pl.DataFrame:
         )
     if not path.is_file():
         raise MissingFile(f"{path} not found; expected a {', '.join(SUFFIXES)} file. Set data.path to where it is")
-    if path.suffix == ".parquet":
-        return pl.read_parquet(path)
     separator = "\t" if path.suffix == ".tsv" else ","
-    return pl.read_csv(path, separator=separator, try_parse_dates=True, infer_schema_length=None)
+    try:
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path)
+        return pl.read_csv(path, separator=separator, try_parse_dates=True, infer_schema_length=None)
+    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise SchemaError(
+            f"{path} cannot be read ({said}); expected a whole {path.suffix} file with a header, text in UTF-8. "
+            "Write it anew, or set data.path to another file"
+        ) from error
 
 
 def read_schema(path: str | Path) -> Schema:
@@ -177,6 +189,15 @@ def _split_lists(frame: pl.DataFrame, columns: Sequence[str], separator: str) ->
     )
 
 
+def _multilabel_columns(tasks: Mapping[str, Any] | Sequence[Any] | None) -> list[str]:
+    """Columns that hold lists of labels, by what the tasks declare."""
+    if not isinstance(tasks, Mapping):
+        tasks = {task.name: vars(task) for task in tasks or () if isinstance(task, Task)}
+    fields = {name: value if isinstance(value, Mapping) else {"kind": value} for name, value in tasks.items()}
+    columns = [task.get("column") or name for name, task in fields.items() if task.get("kind") == "multilabel"]
+    return [column for column in columns if isinstance(column, str)]
+
+
 def _check_named(frame: pl.DataFrame, path: Path, roles: dict, listed: dict, exclude: Any) -> None:
     named = {f"data.{role}": [column] for role, column in roles.items() if column is not None}
     named |= {f"data.{kind}": list(columns) for kind, columns in listed.items() if columns}
@@ -207,6 +228,8 @@ def _tasks(tasks: Mapping[str, Any] | Sequence[str] | None, train: pl.DataFrame,
             raise SchemaError(
                 f"task '{name}' has fields {unknown}; expected some of {sorted(known)}. Drop or rename them"
             )
+        # classes may be written as numbers; all else has the type that Task says
+        check_arguments(Task, {k: v for k, v in fields.items() if k != "classes"}, place=f"data.tasks.{name}")
         if "positive" in fields:
             fields.setdefault("kind", "binary")
         if "kind" not in fields:

@@ -1,0 +1,273 @@
+"""Session: one run in one process, from wherever its checkpoints stand to its result."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax import metrics
+from mtl_jax.data.batching import epoch_order
+from mtl_jax.data.dataset import TrainingData
+from mtl_jax.errors import Interrupted, TrainingError
+from mtl_jax.model import MultiTaskModel
+from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.loop import run_steps
+from mtl_jax.train.parallel import Devices, compile_step
+from mtl_jax.train.predict import flops_per_example, predict
+from mtl_jax.train.progress import Observer
+from mtl_jax.train.result import Position, Result
+from mtl_jax.train.stages import Stage
+from mtl_jax.train.state import Params, TrainState, count_parameters
+from mtl_jax.train.step import Step, Sums
+
+
+@dataclasses.dataclass
+class Session:
+    """What does not change from epoch to epoch, and the compiled program of the stage under way.
+
+    Attributes:
+      build: (stage, model with the values to start from, number of its first step) -> step and state.
+      stages: In their order.
+      model: The initial one.
+      data: Training and validation parts.
+      train: The training part on the devices.
+      valid: The validation part on the devices.
+      seed: Of the data order.
+      epochs: Most epochs of a stage.
+      batch_size: Rows of a step.
+      padded_size: Rows of a step with its padding, which the devices and micro-batches divide.
+      patience: Evaluations without a better monitor before a stage ends; 0: never.
+      steps_per_call: Steps between two looks at the device.
+      devices: Where.
+      checkpoints: Where the run is kept, if anywhere.
+      checkpoint_seconds: Longest time between two of them inside an epoch.
+      observer: Is told.
+      should_stop: Is asked.
+      table_updates: Vocabulary -> how its tables are updated.
+      facts: For the diagnostics of the result.
+    """
+
+    build: Callable[[Stage, MultiTaskModel, int], tuple[Step, TrainState]]
+    stages: tuple[Stage, ...]
+    model: MultiTaskModel
+    data: TrainingData
+    train: Mapping[str, Any]
+    valid: Mapping[str, Any]
+    seed: int
+    epochs: int
+    batch_size: int
+    padded_size: int
+    patience: int
+    steps_per_call: int
+    devices: Devices
+    checkpoints: Checkpoints | None
+    checkpoint_seconds: float
+    observer: Observer
+    should_stop: Callable[[], bool]
+    table_updates: dict[str, str]
+    facts: Mapping[str, Any]
+    step: Step = dataclasses.field(init=False)
+    program: Callable[..., tuple[TrainState, Sums]] = dataclasses.field(init=False)
+    compile_seconds: float = 0.0
+    saved: float = dataclasses.field(default_factory=time.perf_counter)
+    best: Params | None = None
+
+    def run(self) -> Result:
+        """Trains through all stages."""
+        started = time.perf_counter()
+        state, position = self.resume()
+        per_stage = self.epochs * len(self.order(0))
+        done = position.stage * per_stage + position.epoch * len(self.order(0)) + position.step
+        self.observer.started(total_steps=per_stage * len(self.stages), done_steps=done)
+        try:
+            state = self.run_stage(state, position)
+            while position.stage < len(self.stages) - 1:
+                state = self.run_stage(self.begin_next(state, position), position)
+        finally:
+            self.observer.finished()
+        return self.result(state, position, time.perf_counter() - started)
+
+    def resume(self) -> tuple[TrainState, Position]:
+        """The newest checkpoint of this run, or the state at the beginning."""
+
+        def like(progress: Mapping[str, Any]) -> TrainState:
+            return self.enter(progress["stage"], self.model)
+
+        found = self.checkpoints.latest(like) if self.checkpoints else None
+        if found is None:
+            return self.enter(0, self.model), Position()
+        state, progress = found
+        return state, Position(**progress)
+
+    def enter(self, number: int, model: MultiTaskModel, start: int = 0) -> TrainState:
+        """The state at the beginning of a stage, on the devices."""
+        stage = self.stages[number]
+        self.step, state = self.build(stage, model, start)
+        if stage.by_task:
+            state = state._replace(selected=state.params | state.tables)
+        return self.devices.replicate(state)
+
+    def begin_next(self, state: TrainState, position: Position) -> TrainState:
+        """The next stage, from what the last one selected; that is also the first candidate of its selection."""
+        chosen = self.selected(state, position)
+        at = int(jax.device_get(state.step))
+        position.next_stage()
+        state = self.enter(position.stage, self.step.functional.merge(chosen), at)
+        values, _ = self.measure(self.evaluated(state))
+        return self.judge(state, position, values)[0]
+
+    def run_stage(self, state: TrainState, position: Position) -> TrainState:
+        """The epochs of a stage, from wherever ``position`` stands in it."""
+        if not position.finished:
+            self.compile(state)
+        while not position.finished:
+            state = self.run_epoch(state, position)
+            state = self.close_epoch(state, position)
+            stopped = all(position.out_of_patience(m, self.patience) for m in self.stages[position.stage].monitors)
+            position.finished = stopped or position.epoch >= self.epochs
+            self.save(state, position)
+        return state
+
+    def compile(self, state: TrainState) -> None:
+        start = time.perf_counter()
+        order = self.devices.spread(np.zeros((self.steps_per_call, self.padded_size), np.int32))
+        program = compile_step(run_steps(self.step), self.devices, rows=(2,))
+        self.program = program.lower(state, self.train, order, self.devices.replicate(np.int32(0))).compile()
+        self.compile_seconds += time.perf_counter() - start
+
+    def order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.data.train.num_rows, self.batch_size, seed=self.seed, epoch=epoch)
+
+    def run_epoch(self, state: TrainState, position: Position) -> TrainState:
+        """The steps of one epoch, from wherever ``position`` stands in it."""
+        order = self.order(position.stage * self.epochs + position.epoch)
+        while position.step < len(order):
+            start = time.perf_counter()
+            part = order[position.step : position.step + self.steps_per_call]
+            padding = ((0, self.steps_per_call - len(part)), (0, self.padded_size - part.shape[1]))
+            rows = self.devices.spread(np.pad(part, padding, constant_values=-1))
+            state, sums = self.program(state, self.train, rows, self.devices.replicate(np.int32(len(part))))
+            sums, live = jax.device_get((sums, state.live))  # the only look at the device
+            if not live:
+                self._raise_nonfinite(sums, state, position)
+            seconds = time.perf_counter() - start
+            position.step += len(part)
+            position.train_seconds += seconds
+            position.examples += int((part >= 0).sum())
+            position.add(sums)
+            losses, weights = (
+                dict(zip(self.data.schema.task_names, values, strict=True))
+                for values in (position.mean_losses(), position.mean_weights())
+            )
+            self.observer.advanced(
+                steps=len(part),
+                epoch=position.epoch + 1,
+                losses=losses,
+                weights=weights,
+                examples_per_second=part.size / seconds,
+            )
+            if position.step < len(order) and time.perf_counter() - self.saved >= self.checkpoint_seconds:
+                self.save(state, position)
+            if self.should_stop():
+                self.save(state, position)
+                raise Interrupted(f"stopped in epoch {position.epoch + 1} after {position.step} of {len(order)} steps")
+        return state
+
+    def close_epoch(self, state: TrainState, position: Position) -> TrainState:
+        """Evaluates on validation, writes history, and remembers what is best."""
+        arrays = self.evaluated(state)
+        values, _ = self.measure(arrays)
+        at = int(jax.device_get(state.step))
+        monitor = self.stages[0].monitors[0]
+        position.close_epoch(
+            at, self.data.schema.task_names, values, monitor, weighted=not self.stages[position.stage].by_task
+        )
+        state, improved = self.judge(state, position, values)
+        self.observer.evaluated(
+            epoch=position.epoch,
+            values={f"{task.name} {task.metric}": values[task.name][task.metric] for task in self.data.schema.tasks},
+            monitor=monitor.value(values),
+            best=improved,
+            history=position.history,
+        )
+        if self.observer.wants_arrays:
+            self.observer.parameters(at, arrays)
+        return state
+
+    def judge(self, state: TrainState, position: Position, values: Mapping[str, Any]) -> tuple[TrainState, bool]:
+        """The state with what is best so far, and whether this evaluation is that for some monitor."""
+        stage, at = self.stages[position.stage], int(jax.device_get(state.step))
+        improved = [m for m in stage.monitors if position.judge(m, values, at, self.patience)]
+        if improved and (stage.by_task or not self.checkpoints):
+            arrays = self.evaluated(state)
+            if stage.by_task:
+                chosen = {p: a for p, a in arrays.items() if any(stage.selects(m, p) for m in improved)}
+                state = state._replace(selected=state.selected | jax.tree.map(jnp.copy, chosen))
+            else:  # with checkpoints that of the best step is kept
+                self.best = jax.tree.map(jnp.copy, arrays)
+        return state, bool(improved)
+
+    def evaluated(self, state: TrainState) -> Params:
+        return self.step.evaluated(state)
+
+    def measure(self, arrays: Params) -> tuple[dict, dict]:
+        """Metrics on validation, and what they were computed from."""
+        outputs = predict(self.step.functional, arrays, self.valid, self.devices)
+        return metrics.evaluate(self.data.schema.tasks, outputs, self.data.valid)
+
+    def selected(self, state: TrainState, position: Position) -> Params:
+        """All arrays with the selected values."""
+        if self.stages[position.stage].by_task:
+            return self.evaluated(state) | state.selected
+        if self.checkpoints:
+            return self.evaluated(self.checkpoints.load(position.best_step, state)[0])
+        return self.best
+
+    def save(self, state: TrainState, position: Position) -> None:
+        if self.checkpoints:
+            at = int(jax.device_get(state.step))
+            self.checkpoints.save(at, state, dataclasses.asdict(position), best=position.best_step)
+            self.observer.saved(step=at)
+        self.saved = time.perf_counter()
+
+    def result(self, state: TrainState, position: Position, seconds: float) -> Result:
+        """The model with the selected parameters, and everything that was measured."""
+        functional, arrays = self.step.functional, self.selected(state, position)
+        values, support = self.measure(arrays)
+        if self.devices.number > 1:  # a model for one device
+            arrays = jax.device_put(jax.device_get(arrays))
+        return Result(
+            model=functional.merge(arrays),
+            metrics={"valid": values},
+            support={"valid": support},
+            history=position.history,
+            monitor=position.selection(self.stages[0].monitors[0], values),
+            timing={
+                "examples_per_second": position.examples / max(position.train_seconds, 1e-9),
+                "compile_seconds": self.compile_seconds,
+                "wall_seconds": seconds,
+                "steps": int(jax.device_get(state.step)),
+            },
+            params=count_parameters({path: arrays[path] for path in functional.param_paths})
+            | {"flops_per_example": flops_per_example(functional, arrays, self.valid)},
+            diagnostics={"task_weights": position.last("weight"), "skipped_steps": position.skipped, **self.facts},
+            table_updates=self.table_updates,
+        )
+
+    def _raise_nonfinite(self, sums: Sums, state: TrainState, position: Position) -> None:
+        at = int(jax.device_get(state.step)) + 1
+        names = [n for n, bad in zip(self.data.schema.task_names, sums.nonfinite, strict=True) if bad]
+        what = f"the loss of {names}" if names else "the gradient"
+        good = self.checkpoints.steps() if self.checkpoints else []
+        kept = (
+            f"checkpoint of step {good[-1]} in '{self.checkpoints.path}'" if good else "no checkpoint was written yet"
+        )
+        raise TrainingError(
+            f"{what} is not finite in step {at} (epoch {position.epoch + 1}); expected finite numbers. Last good state: "
+            f"{kept}. Lower optimizer.learning_rate, set optimizer.clip_norm, or leave such steps out by "
+            "objective.nonfinite=skip"
+        )

@@ -1,0 +1,147 @@
+"""Trains small models on several virtual devices and writes their parameters; run by test_parallel.py in its own process.
+
+python devices_program.py OUT.npz   (with XLA_FLAGS=--xla_force_host_platform_device_count=8)
+"""
+
+import functools
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import optax
+import yaml
+from flax import nnx
+
+import mtl_jax
+from mtl_jax.balancing import equal, pcgrad
+from mtl_jax.config import build
+from mtl_jax.data.batching import as_batch
+from mtl_jax.data.dataset import Encoded, TrainingData
+from mtl_jax.data.schema import Categorical, Numeric, Schema, Vocabulary
+from mtl_jax.errors import Interrupted
+from mtl_jax.nn import Encoder, Tower
+from mtl_jax.sharing import MMoE, SingleTask
+from mtl_jax.tasks import Task
+from mtl_jax.train import BalancingOptions, Optimizer, Step, compile_step, fit
+from mtl_jax.train.loop import run_steps
+from mtl_jax.train.parallel import Devices
+from mtl_jax.train.state import Functional
+
+ROWS, STEPS = 32, 4
+PLACES = [("jit", 1), ("jit", 2), ("jit", 8), ("pmap", 2), ("pmap", 8)]
+CONF = pathlib.Path(mtl_jax.__file__).parents[1] / "conf" / "balancing"
+SCHEMA = Schema(
+    (Categorical("user", "user"), Numeric("price")),
+    (Vocabulary("user", tuple(map(str, range(18)))),),
+    (Task("click", "binary"), Task("spend", "regression"), Task("kind", "multiclass", classes=("a", "b", "c"))),
+)
+
+
+def rows():
+    """Labels lie unevenly: devices have none, few or all of a task's, and padding is on the last one only."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(2, 20, (ROWS, 1)).astype(np.int32)
+    price = rng.normal(size=(ROWS, 1)).astype(np.float32)
+    value = price[:, 0] + np.sin(ids[:, 0])
+    place = np.arange(ROWS)
+    mask = {"click": place < 20, "spend": rng.random(ROWS) < place / ROWS, "kind": place % 8 < 5}
+    labels = {"click": (value < 0).astype(np.float32), "spend": value, "kind": np.digitize(value, [-0.5, 0.5])}
+    labels["spend"] = np.where(mask["spend"], value, np.nan).astype(np.float32)
+    labels["kind"] = labels["kind"].astype(np.int32)
+    weight = rng.uniform(0.5, 1.5, ROWS).astype(np.float32)
+    return Encoded(ids, price, {}, {}, labels, mask, {"kind": rng.uniform(0, 2, ROWS).astype(np.float32)}, weight)
+
+
+def cases():
+    """Every balancing config; then the scopes, private tables, micro-batches and an average."""
+    for path in sorted(CONF.glob("*.yaml")):
+        node = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
+        node |= {"weights": [1.0, 0.5, 2.0]} if node.get("weights") == "???" else {}
+        yield path.stem, {"balancer": build(node)}
+    for scope in ("representation", "shared", "all"):
+        yield f"pcgrad {scope}", {"balancer": pcgrad(), "options": BalancingOptions(scope=scope)}
+    weighted = BalancingOptions(scope="representation", head_gradient="weighted")
+    yield "pcgrad weighted heads", {"balancer": pcgrad(), "options": weighted}
+    plain = BalancingOptions(head_gradient="plain")
+    yield "private tables", {"balancer": equal(), "options": plain, "sharing": SingleTask}
+    yield "dense tables", {"balancer": equal(), "table_updates": None}
+    yield "micro-batches", {"balancer": pcgrad(), "micro_batches": 2, "options": BalancingOptions(scope="all")}
+    yield "average", {"balancer": equal(), "average": 0.5}
+
+
+def model_of(sharing):
+    made = {
+        SingleTask: functools.partial(SingleTask, units=(5,)),
+        MMoE: functools.partial(MMoE, num_experts=2, expert_units=(5,)),
+    }[sharing]
+    return mtl_jax.MultiTaskModel(
+        SCHEMA,
+        encoder=functools.partial(Encoder, embedding_dim=3, stddev=0.5),
+        sharing=functools.partial(made, dropout=0.0),
+        towers=functools.partial(Tower, units=(4,), dropout=0.0),
+        rngs=nnx.Rngs(0),
+    )
+
+
+def train(place, *, sharing=None, **options):
+    devices = Devices(*place)
+    model = model_of(sharing or MMoE)
+    defaults = {"table_updates": {"user": "sparse"}, "optimizer": Optimizer(optax.trace(0.9), learning_rate=0.05)}
+    step, state = Step.of(model, SCHEMA.tasks, key=jax.random.key(0), axis=devices.axis, **defaults | options)
+    run = compile_step(run_steps(step), devices, rows=(2,))
+    order = np.tile(np.arange(ROWS, dtype=np.int32), (STEPS, 1))
+    order[:, -3:] = -1
+    state, sums = run(
+        devices.replicate(state),
+        devices.replicate(as_batch(rows())),
+        devices.spread(order),
+        devices.replicate(np.int32(STEPS)),
+    )
+    assert int(state.step) == STEPS, "a step was not finite"
+    return {**step.evaluated(state), **sums._asdict()}
+
+
+def moved(folder):
+    """Two epochs: on one device; and begun on eight, resumed on one, then on two under pmap."""
+    data = TrainingData("world", SCHEMA, rows(), rows(), "0" * 64)
+    options = {
+        "batch_size": 8,
+        "epochs": 3,
+        "steps_per_call": 2,
+        "optimizer": Optimizer(optax.trace(0.9), learning_rate=0.02),
+    }
+    options |= {"patience": 0, "table_updates": "sparse", "balancer": pcgrad(), "average": 0.7, "training": "staged"}
+
+    def run(place, calls=None, **more):
+        asked = iter(range(1, 100))
+        stop = {} if calls is None else {"should_stop": lambda: next(asked) == calls}
+        strategy, count = place
+        return fit(model_of(MMoE), data, parallel=strategy, devices=count, **options, **stop, **more)
+
+    alone = run(("jit", 1))
+    for place, calls in ((("jit", 8), 3), (("jit", 1), 2), (("pmap", 2), None)):
+        try:
+            last = run(place, calls, checkpoints=folder, checkpoint_seconds=0)
+        except Interrupted:
+            assert calls is not None
+    assert alone.monitor["step"] == last.monitor["step"]
+    for name, result in (("alone", alone), ("moved", last)):
+        for path, array in Functional.of(result.model)[1].items():
+            yield f"{name}|{path}", np.asarray(array)
+
+
+def main(path):
+    jax.config.update("jax_disable_most_optimizations", True)
+    arrays = {}
+    balancers = {path.stem for path in CONF.glob("*.yaml")}
+    for name, options in cases():
+        for place in PLACES if name in balancers else PLACES[::2]:
+            for key, array in train(place, **options).items():
+                arrays["|".join((name, *map(str, place), key))] = np.asarray(array)
+    np.savez(path, **arrays)
+    np.savez(path.replace("outcomes", "moved"), **dict(moved(path.replace(".npz", ""))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

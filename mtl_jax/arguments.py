@@ -168,6 +168,8 @@ def _finite(value: Any) -> bool:
 def _words(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        if any(isinstance(one, type) and not _speaks_to_configurations(one) for one in arguments):
+            return "a finite number, or numbers"  # what JAX takes for an array has a dozen types
         return " or ".join(sorted(dict.fromkeys(_words(one) for one in arguments), key="null".__eq__))
     plain = {
         Any: "anything",

@@ -129,9 +129,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_options(config["trainer"])
     given = {key: value for key, value in config["trainer"].items() if key not in WATCH_KEYS}
     check_arguments(fit, given, place="trainer", names={"tables": "table_updates"})
+    for key in ("steps_per_call", "micro_batches"):  # arrays have these lengths
+        check_count(config["trainer"][key], f"trainer.{key}")
     check_arguments(fit, config["parallel"], place="parallel", names={"strategy": "parallel"})
     check_count(config["seed"], "seed", least=0, most=MAX_SEED)
-    if not isinstance(config["output_dir"], str) or not config["output_dir"]:
+    if not isinstance(config["output_dir"], str) or not config["output_dir"] or "\0" in config["output_dir"]:
         raise ConfigError(f"output_dir is {shown(config['output_dir'])}; expected the path of a folder. Change it")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from mtl_jax.data.schema import Schema
+from mtl_jax.errors import SchemaError
 
 PARTS = ("train", "valid", "test")
 
@@ -166,6 +167,8 @@ class Dataset:
         """
         from mtl_jax.data.labels import labels
 
+        if not names:
+            raise SchemaError(f"no tasks; expected some of {list(self.schema.task_names)}. Set data.tasks to some of these")
         frame, tasks = self.frame, []
         for name in names:
             task = self.schema.task(name)

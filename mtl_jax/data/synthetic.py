@@ -99,8 +99,8 @@ def task_correlation(
     check_count(num_rows, "num_rows", most=MAX_NUMBERS)
     check_count(dim, "dim")
     check_count(num_sines, "num_sines", least=0)
-    check_number(c, "c", least=0.0)
-    check_number(noise, "noise", least=0.0)
+    check_number(c, "c", least=0.0, most=1e6)
+    check_number(noise, "noise", least=0.0, most=1e6)
     check_count(seed, "seed", least=0, most=2**64 - 1)
     if num_rows * dim > MAX_NUMBERS:
         raise ConfigError(

@@ -36,7 +36,9 @@ def test_minimiser_is_that_of_scikit_learn(problem, kind, penalty, sparse):
     features, targets, weights = problem
     labels = targets[kind].argmax(axis=1) if kind == "multiclass" else targets[kind][:, 0]
     model = (
-        Ridge(alpha=penalty) if kind == "regression" else LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=2000)
+        Ridge(alpha=penalty)
+        if kind == "regression"
+        else LogisticRegression(C=1 / penalty, solver="newton-cg", tol=1e-10, max_iter=2000)
     )
     model.fit(features, labels, sample_weight=weights)
     ours = fit_linear(
@@ -48,10 +50,10 @@ def test_minimiser_is_that_of_scikit_learn(problem, kind, penalty, sparse):
         tolerance=1e-14,
         max_iterations=1000,
     )
-    np.testing.assert_allclose(ours[1:].T, np.atleast_2d(model.coef_), atol=2e-5)
+    np.testing.assert_allclose(ours[1:].T, np.atleast_2d(model.coef_), atol=1e-4)
     # The intercepts of classes are free up to a common shift.
     shift = ours[0].mean() - np.mean(model.intercept_) if kind == "multiclass" else 0
-    np.testing.assert_allclose(ours[0] - shift, np.atleast_1d(model.intercept_), atol=2e-5)
+    np.testing.assert_allclose(ours[0] - shift, np.atleast_1d(model.intercept_), atol=1e-4)
 
 
 def test_few_iterations_suffice(problem):

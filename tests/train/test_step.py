@@ -12,7 +12,8 @@ from mtl_jax.balancing import equal, pcgrad, uncertainty
 from mtl_jax.data.batching import as_batch, epoch_order, take
 from mtl_jax.errors import ConfigError
 from mtl_jax.sharing import SharedBottom
-from mtl_jax.train import Objective, Optimizer, Step, compile_step
+from mtl_jax.train import BalancingOptions, Objective, Optimizer, Step, compile_step
+from mtl_jax.train.gradients import SCOPES
 from mtl_jax.train.loop import run_steps
 from mtl_jax.train.parallel import Devices
 
@@ -147,16 +148,16 @@ def test_runs_side_by_side(small_schema, make_step, make_rows):
                   != everything(alone[1]).params["task/click/tower/head/kernel"])  # fmt: skip
 
 
-def primitives(jaxpr):
-    """Names of all primitives of a program, those of its inner programs included."""
+def equations(jaxpr):
+    """All equations of a program, those of its inner programs included."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield equation
         for value in jax.tree.leaves(
             equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")
         ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from primitives(inner)
+                yield from equations(inner)
 
 
 def test_program_stays_on_the_device(rich_schema, make_step, make_rows):
@@ -174,7 +175,7 @@ def test_program_stays_on_the_device(rich_schema, make_step, make_rows):
     orders = [epoch_order(40, 16, seed=0, epoch=epoch) for epoch in range(7)]
     arguments = jax.device_put([(np.pad(order, ((0, 1), (0, 0)), constant_values=-1), np.int32(3)) for order in orders])
     traced = jax.jit(run, donate_argnums=0).trace(state, rows, *arguments[0])
-    names = set(primitives(traced.jaxpr.jaxpr))
+    names = {equation.primitive.name for equation in equations(traced.jaxpr.jaxpr)}
     assert {"dot_general", "while", "scatter"} <= names
     assert not {name for name in names if "callback" in name or "debug" in name or name in ("infeed", "outfeed")}
     program = compile_step(run)
@@ -236,3 +237,131 @@ def test_tasks_must_be_the_models(small_schema, make_model):
 def test_unknown_compilation_is_refused():
     with pytest.raises(ConfigError, match="parallel is 'magic'; expected one of"):
         Devices("magic")
+
+
+@pytest.mark.parametrize(
+    ("balancer", "options"),
+    [
+        pytest.param(equal(), {}, id="losses"),
+        pytest.param(uncertainty(), {}, id="weights from losses"),
+        pytest.param(equal(), {"head_gradient": "plain"}, id="plain heads"),
+        *(pytest.param(pcgrad(), {"scope": scope}, id=scope) for scope in SCOPES),
+    ],
+)
+@pytest.mark.usefixtures("quick_compilation")
+def test_micro_batches_are_the_same_step(rich_schema, make_step, make_rows, balancer, options):
+    """A batch in one, two and four parts, whose labels differ in number, after three steps."""
+    rows = as_batch(make_rows(rich_schema, 24))
+    finals = []
+    for parts in (1, 2, 4):
+        step, state = make_step(
+            rich_schema, "mmoe", balancer=balancer, options=BalancingOptions(**options), micro_batches=parts,
+            optimizer=Optimizer(optax.trace(0.9), learning_rate=0.02),
+        )  # fmt: skip
+        program = jax.jit(step)
+        for start in (0, 8, 16):
+            order = jnp.where(jnp.arange(8) < 7, jnp.arange(start, start + 8), -1)
+            state, sums = program(state, take(rows, order))
+        finals.append((state, sums))
+    for state, sums in finals[1:]:
+        assert_same(state, finals[0][0], rtol=1e-5, atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), sums, finals[0][1])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_mean_of_the_parts_means_is_another_step(small_schema, make_step, make_rows):
+    """What summing before dividing avoids: averaged gradients of unevenly labelled halves move elsewhere."""
+    rows = as_batch(make_rows(small_schema, 8, observed=1.5))
+    rows["mask"]["click"] = (jnp.arange(8) < 5).astype(jnp.float32)
+    descent = Optimizer(optax.identity(), learning_rate=1.0)
+    step, state = make_step(small_schema, sparse=False, optimizer=descent)
+    whole, halves = (jax.jit(step)(state, take(rows, jnp.arange(*span)))[0].params for span in ((0, 8), (0, 4)))
+    other = jax.jit(step)(state, take(rows, jnp.arange(4, 8)))[0].params
+    path = "task/click/tower/head/bias"
+    averaged = (halves[path] + other[path]) / 2
+    assert np.abs(averaged - whole[path]).max() > 1e-3
+    parts, state = make_step(small_schema, sparse=False, optimizer=descent, micro_batches=2)
+    np.testing.assert_allclose(jax.jit(parts)(state, rows)[0].params[path], whole[path], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_dropout_differs_between_micro_batches(small_schema, make_step, make_rows):
+    """Two equal halves draw different masks: their common step is not the step of one of them."""
+    rows = as_batch(make_rows(small_schema, 8, observed=1.5))
+    twice = jnp.repeat(jnp.arange(8), 2)  # neighbours go to different parts
+    losses = {}
+    for parts, order in ((1, jnp.arange(8)), (2, twice)):
+        step, state = make_step(small_schema, dropout=0.5, micro_batches=parts)
+        _, sums = jax.jit(step)(state, take(rows, order))
+        losses[parts] = np.asarray(sums.numerator) / parts
+    assert np.all(losses[1] != losses[2])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_half_precision_is_in_the_network_only(rich_schema, make_step, make_rows):
+    """bfloat16 matrix products over float32 parameters, tables, moments and losses; the step is near that of float32."""
+    rows = as_batch(make_rows(rich_schema, 24))
+    finals = {}
+    for precision in ("float32", "bfloat16"):
+        step, state = make_step(
+            rich_schema, "mmoe", balancer=pcgrad(), precision=precision, optimizer=Optimizer(optax.trace(0.9), 0.01)
+        )
+        traced = jax.make_jaxpr(step)(state, rows)
+        kinds = {
+            str(e.invars[0].aval.dtype) for e in equations(traced.jaxpr) if e.primitive.name == "dot_general"
+        }  # fmt: skip
+        assert kinds == {"float32"} if precision == "float32" else kinds == {"float32", "bfloat16"}
+        new, sums = jax.jit(step)(state, rows)
+        types = {str(leaf.dtype) for leaf in jax.tree.leaves(everything(new)) if leaf.dtype.kind == "f"}
+        assert types == {"float32"} and sums.numerator.dtype == jnp.float32
+        finals[precision] = new, sums
+    one, other = (finals[name][1].numerator for name in finals)
+    np.testing.assert_allclose(one, other, rtol=0.02)
+    assert np.any(one != other)
+    for path, array in finals["float32"][0].params.items():
+        np.testing.assert_allclose(array, finals["bfloat16"][0].params[path], atol=2e-2, err_msg=path)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_average_of_a_run(small_schema, make_step, make_rows):
+    """Evaluated arrays are the weighted mean of all states, dense and by rows; training itself is as without it."""
+    rows = as_batch(make_rows(small_schema, 24))
+    plain, state = make_step(small_schema)
+    step, kept = make_step(small_schema, average=0.8)
+    run, program, history = jax.jit(plain), jax.jit(step), []
+    for number in range(5):
+        batch = take(rows, jnp.arange(4) + 4 * number)
+        state, kept = run(state, batch)[0], program(kept, batch)[0]
+        history.append(plain.evaluated(state))
+    assert_same(kept._replace(average={}), state)
+    powers = 0.8 ** np.arange(5)[::-1]
+    for path, array in step.evaluated(kept).items():
+        expected = np.tensordot(powers / powers.sum(), np.stack([arrays[path] for arrays in history]), 1)
+        np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_frozen_parameters_are_not_differentiated(rich_schema, make_step, make_rows):
+    """Only towers are trained: the program has no scatter into a table, and everything else stays bit for bit."""
+    rows = as_batch(make_rows(rich_schema, 16))
+    step, state = make_step(rich_schema, "mmoe", trainable=lambda path: path.startswith("task/"))
+    assert state.tables == {} and all(path.startswith("task/") for path in state.params)
+    traced = jax.make_jaxpr(step)(state, rows)
+    assert not any(e.primitive.name.startswith("scatter") and e.outvars[0].aval.shape[:1] == (40,)
+                   for e in equations(traced.jaxpr))  # fmt: skip
+    new, _ = jax.jit(step)(state, rows)
+    jax.tree.map(np.testing.assert_array_equal, new.rest, state.rest)
+    assert all(np.any(array != state.params[path]) for path, array in new.params.items() if "kernel" in path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "float16"}, r"trainer.precision is 'float16'; expected one of \['float32', 'bfloat16'\]"),
+        ({"average": 1.0}, r"trainer.average is 1.0; expected a decay in \(0, 1\), or null"),
+        ({"average": 0.0}, r"trainer.average is 0.0; expected a decay in \(0, 1\), or null"),
+    ],
+)
+def test_wrong_options_are_refused(small_schema, make_step, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_step(small_schema, **options)

@@ -148,7 +148,9 @@ def fit(
         patience=patience,
         steps_per_call=steps_per_call,
         devices=devices,
-        checkpoints=None if checkpoints is None else Checkpoints(checkpoints),
+        checkpoints=None
+        if checkpoints is None
+        else Checkpoints(checkpoints, identity={"data": data.identity, "seed": str(seed)}),
         checkpoint_seconds=checkpoint_seconds,
         observer=observer or Quiet(),
         should_stop=should_stop,

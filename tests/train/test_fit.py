@@ -311,9 +311,83 @@ def test_single_task_is_separate_runs(train, data):
             np.testing.assert_allclose(array, together[path], rtol=1e-6, atol=1e-7, err_msg=path)
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["checkpoints", "in memory"])
+def test_staged_training_goes_on_from_the_best_epoch(tmp_path, train, keeps):
+    """Shared parameters are those of the best joint epoch; each task's own are at its own best, never worse than there."""
+    options = {"optimizer": Optimizer(learning_rate=0.02), "dropout": 0.0, "epochs": 4, "balancer": fixed(weights=1.0)}
+    joint = train(**options)
+    staged = train(training="staged", checkpoints=tmp_path if keeps else None, **options)
+    assert staged.timing["steps"] == 2 * joint.timing["steps"] == 32
+    own = [path for path in arrays(joint) if path.startswith("task/")]
+    for path, array in arrays(staged).items():
+        same = np.array_equal(array, arrays(joint)[path])
+        assert same or path in own, path
+    assert staged.history[: len(joint.history)] == joint.history
+    rows = [row for row in staged.history if row["part"] == "valid" and row["task"]]
+    for task, metric, best in (("click", "auc", max), ("spend", "rmse", min)):
+        chosen = staged.monitor["tasks"][task]
+        of_stage = [row["value"] for row in rows if (row["task"], row["name"]) == (task, metric) and row["step"] > 16]
+        assert chosen["value"] == best([joint.metrics["valid"][task][metric], *of_stage])
+        assert staged.metrics["valid"][task][metric] == pytest.approx(chosen["value"], rel=1e-6)
+        assert chosen["name"] == f"{task}/{metric}" and 16 <= chosen["step"] <= 32
+    assert any(chosen["step"] > 16 for chosen in staged.monitor["tasks"].values()), "some task gained from its stage"
+    assert len([row for row in staged.history if row["name"] == "weight"]) == 2 * 4, "no balancing in the second stage"
+
+
+def test_each_task_stops_by_its_own_monitor(train):
+    """Rates turn round after two epochs of each stage: both stages end early, each task with what it had before."""
+    turning = Optimizer(learning_rate=rise_and_fall(2))
+    observer = Interrupting()
+    result = train(training="staged", optimizer=turning, dropout=0.0, epochs=9, patience=2, observer=observer)
+    assert observer.begun == (2 * 9 * 4, 0)
+    assert result.timing["steps"] < 2 * 9 * 4
+    rows = [row for row in result.history if row["part"] == "valid" and row["step"] > 16]
+    assert len({row["step"] for row in rows}) < 9
+    for task, metric, sign in (("click", "auc", 1), ("spend", "rmse", -1)):
+        chosen = result.monitor["tasks"][task]
+        curve = [(r["step"], sign * r["value"]) for r in rows if (r["task"], r["name"]) == (task, metric)]
+        after = [value for step, value in curve if step > chosen["step"]][:2]
+        assert len(after) == 2 and max(after) <= sign * chosen["value"], "two evaluations without a better one"
+
+
+@pytest.mark.parametrize("at", [5, 14])
+def test_staged_runs_resume(tmp_path, train, at):
+    """Interrupted in the joint stage, or in the second one: the same bits at the end."""
+    options = {"training": "staged", "epochs": 2, "average": 0.9}
+    whole = train(**options)
+    with pytest.raises(KeyboardInterrupt):
+        train(observer=Interrupting(at), checkpoints=tmp_path, checkpoint_seconds=0, **options)
+    observer = Interrupting()
+    resumed = train(observer=observer, checkpoints=tmp_path, checkpoint_seconds=0, **options)
+    assert observer.begun == (16, at - 1)
+    assert_same_run(resumed, whole)
+
+
+def test_the_average_is_what_is_selected(train, data):
+    """Predictions are those of averaged parameters, and differ from those of the last ones."""
+    plain, averaged = train(epochs=2), train(epochs=2, average=0.9)
+    losses = [[row["value"] for row in result.history if row["name"] == "loss"] for result in (plain, averaged)]
+    assert losses[0] == losses[1], "training itself is the same"
+    assert plain.metrics != averaged.metrics
+    assert evaluate(data.schema.tasks, averaged.predict(data.valid), data.valid)[0] == averaged.metrics["valid"]
+
+
+def test_micro_batches_and_half_precision_train(train):
+    """Both come near the plain run; a batch of 16 in three parts is padded to 18 rows."""
+    plain, parts = train(dropout=0.0), train(dropout=0.0, micro_batches=3)
+    for path, array in arrays(plain).items():
+        np.testing.assert_allclose(arrays(parts)[path], array, rtol=1e-3, atol=1e-4)
+    half = train(dropout=0.0, precision="bfloat16")
+    assert half.monitor["value"] == pytest.approx(plain.monitor["value"], abs=0.05)
+    assert half.metrics != plain.metrics
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"training": "alternating"}, r"training is 'alternating'; expected one of \['joint', 'staged'\]"),
+        ({"micro_batches": 0}, "trainer.micro_batches is 0; expected a number >= 1"),
+        ({"devices": 99}, "parallel.devices is 99; expected a number from 1 to"),
         ({"epochs": 0}, "trainer.epochs is 0; expected a number >= 1"),
         ({"batch_size": 0}, "trainer.batch_size is 0"),
         ({"patience": -1}, "trainer.patience is -1"),

@@ -68,6 +68,37 @@ def test_schedule_counts_updates():
         np.testing.assert_allclose(new[path], old - 1.5 * GRADIENTS[path], rtol=1e-6)
 
 
+def test_rates_by_label():
+    """Each label moves by its own rate, the one for a single task before that of all tasks, the rest by the default."""
+    params = PARAMS | {"task/see/tower/bias": jnp.array([1.0])}
+    gradients = GRADIENTS | {"task/see/tower/bias": jnp.array([1.0])}
+    schedule = optax.linear_schedule(1.0, 0.0, 2)
+    optimizer = Optimizer(
+        optax.identity(), learning_rate={"embedding": 0.5, "task/buy": schedule, "task": 0.1, "default": 0.01}
+    )
+    transform, new = optimizer.dense(), params
+    state = transform.init(params)
+    for _ in range(2):
+        updates, state = transform.update(gradients, state, new)
+        new = optax.apply_updates(new, updates)
+    moved = {path: (params[path] - new[path]) / gradients[path] for path in params}
+    expected = dict(zip(PARAMS, (1.0, 0.02, 1.5), strict=True)) | {"task/see/tower/bias": 0.2}
+    for path, total in expected.items():
+        np.testing.assert_allclose(moved[path], total, rtol=1e-5)
+        by_row = optimizer.rows(path)
+        updates, _ = by_row.update(gradients[path], by_row.init(params[path]), params[path])
+        first, _ = transform.update(gradients, transform.init(params), params)
+        np.testing.assert_allclose(updates, first[path], rtol=1e-6)
+
+
+def test_a_label_without_a_rate_is_refused():
+    optimizer = Optimizer(learning_rate={"shared": 0.1, "task": 0.1})
+    with pytest.raises(
+        ConfigError, match=r"has rates for \['shared', 'task'\]; expected one for the label 'embedding'"
+    ):
+        optimizer.dense().init(PARAMS)
+
+
 def test_clip_bounds_the_global_norm():
     """The norm of (1, 2, -2, 4) is 5."""
     clipped, norm = clip(GRADIENTS, 1.0)
@@ -123,6 +154,9 @@ def test_bare_transforms_descend():
     [
         ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a number > 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": {"tower": 0.1}}, r"names the label 'tower'; expected some of \['embedding'"),
+        ({"learning_rate": {"task": -0.1}}, "expected a number > 0 or a schedule, or one by label"),
+        ({"learning_rate": "0.1"}, "learning_rate is '0.1'; expected a number > 0"),
         ({"clip_norm": 0}, "clip_norm is 0; expected a number > 0 or null"),
         ({"weight_decay": {"tower": 0.1}}, r"'tower'.*expected rates >= 0 for labels of \['embedding'"),
         ({"weight_decay": -0.1}, "expected rates >= 0"),

@@ -179,7 +179,7 @@ def file_sha256(path: Path) -> str:
 
 def _split_lists(frame: pl.DataFrame, columns: Sequence[str], separator: str) -> pl.DataFrame:
     """Text files have no lists: turns ``a|b`` into two entries, and an empty text into none."""
-    text = [column for column in columns if frame.schema.get(column) == pl.String]
+    text = [column for column in dict.fromkeys(columns) if frame.schema.get(column) == pl.String]
     return frame.with_columns(
         pl.when(pl.col(column) == "")
         .then(pl.lit([], pl.List(pl.String)))

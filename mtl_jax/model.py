@@ -199,7 +199,12 @@ def is_table(path: str) -> bool:
 
 
 @functools.cache
-def decays(path: str) -> bool:
-    """Whether weight decay may act on the parameter: not on those of a loss (cutpoints, dispersion)."""
+def of_loss(path: str) -> bool:
+    """Whether the path is a parameter of a task's loss (cutpoints, dispersion), and no weight of the network."""
     parts = path.split("/")
-    return not (len(parts) > 3 and parts[0] == "task" and parts[2] == OUTPUTS)
+    return len(parts) > 3 and parts[0] == "task" and parts[2] == OUTPUTS
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay may act on the parameter: not on those of a loss."""
+    return not of_loss(path)

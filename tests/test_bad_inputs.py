@@ -919,6 +919,7 @@ CONFIGURATIONS = [
         {"data.num_rows": 10**9, "data.dim": 1000},
         "num_rows is 1000000000 … expected at most … Lower",
     ),
+    Row("inputs beyond memory", {"data.dim": 10**12}, "dim is 1000000000000 … expected a whole number … Change"),
     Row("too few inputs", {"data.dim": 1}, "dim is 1 for 2 tasks … expected at least 2 … Raise dim"),
     Row("a correlation beyond one", {"data.p": 1.5}, r"p is 1.5 … expected a number in \[-1, 1\] … Change p"),
     Row("noise of NaN", {"data.noise": NAN}, "data.noise is nan … expected a finite number … Change"),

@@ -96,16 +96,10 @@ def task_correlation(
       Ma, Zhao, Yi, Chen, Hong, Chi, *Modeling Task Relationships in Multi-task Learning with Multi-gate
       Mixture-of-Experts*, KDD 2018, section 3. The paper states neither a, b nor c; we draw a and b, and take c = 1.
     """
-    check_count(num_rows, "num_rows", most=MAX_NUMBERS)
-    check_count(dim, "dim")
+    _check_size(num_rows=num_rows, dim=dim, seed=seed)
     check_count(num_sines, "num_sines", least=0)
     check_number(c, "c", least=0.0, most=1e6)
     check_number(noise, "noise", least=0.0, most=1e6)
-    check_count(seed, "seed", least=0, most=2**64 - 1)
-    if num_rows * dim > MAX_NUMBERS:
-        raise ConfigError(
-            f"num_rows is {num_rows} for {dim} inputs; expected at most {MAX_NUMBERS:,} numbers. Lower num_rows or dim"
-        )
     factor = _correlation_factor(p)
     num_tasks = len(factor)
     if dim < num_tasks:
@@ -255,6 +249,7 @@ def load(
     if recipe not in RECIPES:
         raise ConfigError(f"unknown recipe '{recipe}' of 'synthetic'; expected one of {list(RECIPES)}. Set data.recipe")
     parameters = {"num_rows": num_rows, "dim": dim, "seed": seed}
+    _check_size(**parameters)
     names = [f"x{i:03d}" for i in range(dim)]
     features, info = tuple(Numeric(name) for name in names), {}
     if recipe == "kinds":
@@ -289,6 +284,17 @@ def load(
         info=info,
     )
     return dataset if tasks is None else dataset.with_tasks(tasks)
+
+
+def _check_size(*, num_rows: int, dim: int, seed: int) -> None:
+    """Before anything of these lengths is made."""
+    check_count(num_rows, "num_rows", most=MAX_NUMBERS)
+    check_count(dim, "dim")
+    check_count(seed, "seed", least=0, most=2**64 - 1)
+    if num_rows * dim > MAX_NUMBERS:
+        raise ConfigError(
+            f"num_rows is {num_rows} for {dim} inputs; expected at most {MAX_NUMBERS:,} numbers. Lower num_rows or dim"
+        )
 
 
 def _correlation_factor(p: float | np.ndarray) -> np.ndarray:

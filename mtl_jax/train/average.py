@@ -1,6 +1,7 @@
 r"""Exponential moving average of the parameters (Polyak and Juditsky, SIAM J. Control Optim. 1992, with forgetting).
 
-With decay d and parameters after t updates, the average is that of Adam's moments, free of the initial values:
+With decay d and parameters after t steps, the average is that of Adam's moments, free of the initial values. A step that
+was skipped counts too, with the parameters as they stayed:
 
 .. math::
     a_t = a_{t-1} + \frac{1 - d}{1 - d^t} (\theta_t - a_{t-1}), \qquad a_1 = \theta_1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
@@ -66,9 +67,10 @@ class Devices:
         return -(-rows // self.number) * self.number
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Copies of the arrays, on every device."""
+        """Copies of the arrays, on every device; the originals survive a donation of these."""
         sharding = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding, may_alias=False), tree)
+        # Copied first: over several devices even may_alias=False hands on the buffer of the one that holds the array.
+        return jax.tree.map(lambda leaf: jax.device_put(jnp.copy(leaf), sharding), tree)
 
     def spread(self, orders: np.ndarray) -> Array:
         """Row numbers int32[steps, batch] with the rows of each step spread over the devices.

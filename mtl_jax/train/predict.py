@@ -44,9 +44,8 @@ def predict(
 def flops_per_example(functional: Functional, arrays: Params, data: Mapping[str, Any]) -> float | None:
     """Floating-point operations of one forward pass, as the compiler counts them; None where it does not."""
     block = min(1024, data["ids"].shape[0])
-    order = jax.device_put(np.arange(block, dtype=np.int32)[None])
-    lowered = jax.jit(lambda arrays, data, rows: functional.merge(arrays)(take(data, rows)))
-    cost = lowered.lower(arrays, data, order[0]).cost_analysis() or {}
+    forward = jax.jit(lambda arrays, data, rows: functional.merge(arrays)(take(data, rows)))
+    cost = forward.lower(arrays, data, np.arange(block, dtype=np.int32)).cost_analysis() or {}
     return cost["flops"] / block if cost.get("flops", 0) > 0 else None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from mtl_jax import metrics
 from mtl_jax.data.batching import epoch_order
 from mtl_jax.data.dataset import TrainingData
-from mtl_jax.errors import Interrupted, TrainingError
+from mtl_jax.errors import Interrupted, RunFolderError, TrainingError
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.loop import run_steps
@@ -95,6 +95,11 @@ class Session:
         """The newest checkpoint of this run, or the state at the beginning."""
 
         def like(progress: Mapping[str, Any]) -> TrainState:
+            if progress["stage"] >= len(self.stages):
+                raise RunFolderError(
+                    f"the checkpoints in '{self.checkpoints.path}' stand in stage {progress['stage'] + 1} of training; "
+                    f"expected a run of {len(self.stages)}. Go back to training=staged, or start in a new run folder"
+                )
             return self.enter(progress["stage"], self.model)
 
         found = self.checkpoints.latest(like) if self.checkpoints else None
@@ -168,7 +173,7 @@ class Session:
                 epoch=position.epoch + 1,
                 losses=losses,
                 weights=weights,
-                examples_per_second=part.size / seconds,
+                examples_per_second=int((part >= 0).sum()) / seconds,
             )
             if position.step < len(order) and time.perf_counter() - self.saved >= self.checkpoint_seconds:
                 self.save(state, position)
@@ -205,7 +210,7 @@ class Session:
         if improved and (stage.by_task or not self.checkpoints):
             arrays = self.evaluated(state)
             if stage.by_task:
-                chosen = {p: a for p, a in arrays.items() if any(stage.selects(m, p) for m in improved)}
+                chosen = {p: arrays[p] for p in state.selected if any(stage.selects(m, p) for m in improved)}
                 state = state._replace(selected=state.selected | jax.tree.map(jnp.copy, chosen))
             else:  # with checkpoints that of the best step is kept
                 self.best = jax.tree.map(jnp.copy, arrays)

@@ -17,7 +17,7 @@ class TrainState(NamedTuple):
     """What a step reads and returns.
 
     Attributes:
-      step: Finished updates.
+      step: Finished steps; one that was skipped for a non-finite number counts.
       params: Path -> array, for parameters that are differentiated as a whole.
       rest: Path -> array, for arrays of the model that no optimizer touches.
       opt: Optimizer state of ``params``.

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mtl_jax.balancing import Balancer
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import Inputs, MultiTaskModel, is_table
+from mtl_jax.model import Inputs, MultiTaskModel, is_table, of_loss
 from mtl_jax.nn import Context, stream
 from mtl_jax.sharing import Strategy
 from mtl_jax.tasks import Task
@@ -184,6 +184,7 @@ class Step:
         gradients, norm = clip(balanced.gradients, self.optimizer.clip_norm)
         finite = ~balanced.info["nonfinite"] & jnp.isfinite(norm)
         update = state.live & finite
+        proceed = state.live if self.objective.nonfinite == "skip" else update
 
         def select(new, old):
             return jax.tree.map(lambda a, b: jnp.where(update, a, b), new, old)
@@ -201,7 +202,6 @@ class Step:
                 gradients[path],
                 update,
             )
-        proceed = state.live if self.objective.nonfinite == "skip" else update
         new_state = state._replace(
             step=state.step + proceed,
             params=params,
@@ -210,7 +210,7 @@ class Step:
             row_opt=row_opt,
             slots=slots,
             balancer=select(balanced.state, state.balancer),
-            average=self._average(state, params, new_tables, compacted, update) if state.average else {},
+            average=self._average(state, params, new_tables, compacted, update, proceed) if state.average else {},
             live=proceed,
         )
         return new_state, self._sums(state, balanced, finite)
@@ -224,10 +224,10 @@ class Step:
             arrays[path] = kept
         return arrays
 
-    def _average(self, state: TrainState, params, new_tables, compacted, update):
+    def _average(self, state: TrainState, params, new_tables, compacted, update, proceed):
         step = state.step + 1
-        kept = {
-            path: jnp.where(update, average.update(state.average[path], new, step, self.average), state.average[path])
+        kept = {  # a step without an update counts its old values once more, as it does for rows that wait
+            path: jnp.where(proceed, average.update(state.average[path], new, step, self.average), state.average[path])
             for path, new in params.items()
         }
         for path, new in new_tables.items():
@@ -281,13 +281,18 @@ class Step:
         return {"parts": _Part(inputs, batch, jax.random.split(key, self.micro_batches))}
 
     def _in_precision(self, arrays: Params) -> Params:
-        """The arrays that the network computes with. Lookups stay as they are: sums over repeated rows need the digits."""
+        """The arrays that the network computes with.
+
+        Lookups stay as they are: sums over repeated rows need the digits. So do parameters of losses: cutpoints are sums
+        of steps down to 1e-4.
+        """
         if self.precision == "float32":
             return arrays
-        return {
-            path: array.astype(self.precision) if array.dtype == jnp.float32 and not is_table(path) else array
-            for path, array in arrays.items()
-        }
+
+        def narrow(path):
+            return arrays[path].dtype == jnp.float32 and not is_table(path) and not of_loss(path)
+
+        return {path: array.astype(self.precision) if narrow(path) else array for path, array in arrays.items()}
 
     def _sums(self, state: TrainState, balanced: Balanced, finite) -> Sums:
         counted = state.live & finite

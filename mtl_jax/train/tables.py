@@ -69,11 +69,12 @@ class Compact(NamedTuple):
 def compact(slots: Int[Array, " row"], ids: Int[Array, " lookup"]) -> tuple[Int[Array, " row"], Compact]:
     """Finds one representative per distinct id in time O(N), whatever the size of the table.
 
-    Every place writes its number into the slot of its id; the number that stays is the representative. ``slots`` is
-    scratch: what it held before is never read.
+    Every place offers its number to the slot of its id; the lowest stays and is the representative. It must not be left
+    to chance which one stays: every device does this by itself, and gradients are summed over devices place by place.
+    ``slots`` is scratch: what it held before is never read.
     """
     places = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    slots = slots.at[ids].set(places)
+    slots = slots.at[ids].set(ids.shape[0]).at[ids].min(places)
     representatives = slots[ids]
     touched = jnp.where(representatives == places, ids, slots.shape[0])
     return slots, Compact(ids, representatives, touched)

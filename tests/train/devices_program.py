@@ -88,17 +88,18 @@ def train(place, *, sharing=None, **options):
     devices = Devices(*place)
     model = model_of(sharing or MMoE)
     defaults = {"table_updates": {"user": "sparse"}, "optimizer": Optimizer(optax.trace(0.9), learning_rate=0.05)}
-    step, state = Step.of(model, SCHEMA.tasks, key=jax.random.key(0), axis=devices.axis, **defaults | options)
+    step, initial = Step.of(model, SCHEMA.tasks, key=jax.random.key(0), axis=devices.axis, **defaults | options)
     run = compile_step(run_steps(step), devices, rows=(2,))
     order = np.tile(np.arange(ROWS, dtype=np.int32), (STEPS, 1))
     order[:, -3:] = -1
     state, sums = run(
-        devices.replicate(state),
+        devices.replicate(initial),
         devices.replicate(as_batch(rows())),
         devices.spread(order),
         devices.replicate(np.int32(STEPS)),
     )
     assert int(state.step) == STEPS, "a step was not finite"
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(initial)), "donation took the originals"
     return {**step.evaluated(state), **sums._asdict()}
 
 

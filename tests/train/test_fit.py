@@ -1,12 +1,14 @@
 """fit: against a textbook loop; interrupted, resumed, stopped, selected."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import mtl_jax
 from mtl_jax.balancing import fixed, pcgrad
@@ -14,6 +16,9 @@ from mtl_jax.data import Dataset
 from mtl_jax.data.batching import as_batch, epoch_order, take
 from mtl_jax.errors import ConfigError, RunFolderError, TrainingError
 from mtl_jax.metrics import evaluate
+from mtl_jax.model import MultiTaskModel
+from mtl_jax.nn import Context, Encoder, Tower
+from mtl_jax.sharing import SharedBottom
 from mtl_jax.train import Objective, Optimizer, Quiet, fit
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.state import Functional
@@ -361,6 +366,36 @@ def test_staged_runs_resume(tmp_path, train, at):
     resumed = train(observer=observer, checkpoints=tmp_path, checkpoint_seconds=0, **options)
     assert observer.begun == (16, at - 1)
     assert_same_run(resumed, whole)
+
+
+class Scaled(Tower):
+    """A tower with an array of its own that no optimizer touches."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.scale = nnx.Variable(jnp.asarray(2.0))
+
+    def __call__(self, z, context=Context()):
+        return super().__call__(z, context) / self.scale[...]
+
+
+def test_staged_runs_resume_with_arrays_that_are_not_trained(tmp_path, data):
+    model = MultiTaskModel(
+        data.schema, encoder=functools.partial(Encoder, embedding_dim=3),
+        sharing=functools.partial(SharedBottom, units=(5,)), towers=functools.partial(Scaled, units=()),
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    options = {"training": "staged", "epochs": 1, "batch_size": 16, "steps_per_call": 1}
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, data, observer=Interrupting(7), checkpoints=tmp_path, checkpoint_seconds=0, **options)
+    assert_same_run(fit(model, data, checkpoints=tmp_path, **options), fit(model, data, **options))
+
+
+def test_a_second_stage_needs_staged_training(tmp_path, train):
+    train(training="staged", epochs=1, checkpoints=tmp_path)
+    message = r"stand in stage 2 of training; expected a run of 1. Go back to training=staged"
+    with pytest.raises(RunFolderError, match=message):
+        train(epochs=1, checkpoints=tmp_path)
 
 
 def test_the_average_is_what_is_selected(train, data):

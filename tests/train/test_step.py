@@ -1,5 +1,6 @@
 """The train step: padding, non-finite steps, runs side by side, and what its program contains."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from mtl_jax.balancing import equal, pcgrad, uncertainty
 from mtl_jax.data.batching import as_batch, epoch_order, take
 from mtl_jax.errors import ConfigError
 from mtl_jax.sharing import SharedBottom
+from mtl_jax.tasks import Task
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, Step, compile_step
 from mtl_jax.train.gradients import SCOPES
 from mtl_jax.train.loop import run_steps
@@ -323,6 +325,20 @@ def test_half_precision_is_in_the_network_only(rich_schema, make_step, make_rows
 
 
 @pytest.mark.usefixtures("quick_compilation")
+def test_parameters_of_losses_keep_their_digits(small_schema, make_step, make_rows):
+    """Two dispersions that are one number in bfloat16 give two losses."""
+    schema = dataclasses.replace(small_schema, tasks=(Task("visits", "count", loss="negative_binomial"),))
+    rows = as_batch(make_rows(schema, 8))
+    rows["labels"] = {"visits": jnp.abs(rows["labels"]["visits"])}
+    step, state = make_step(schema, precision="bfloat16")
+    program, path, losses = jax.jit(step), "task/visits/outputs/kappa", []
+    for kappa in (0.5, 0.501):
+        _, sums = program(state._replace(params=state.params | {path: jnp.float32(kappa)}), rows)
+        losses.append(sums.numerator[0])
+    assert jnp.bfloat16(0.501) == jnp.bfloat16(0.5) and losses[0] != losses[1]
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_average_of_a_run(small_schema, make_step, make_rows):
     """Evaluated arrays are the weighted mean of all states, dense and by rows; training itself is as without it."""
     rows = as_batch(make_rows(small_schema, 24))
@@ -334,10 +350,29 @@ def test_average_of_a_run(small_schema, make_step, make_rows):
         state, kept = run(state, batch)[0], program(kept, batch)[0]
         history.append(plain.evaluated(state))
     assert_same(kept._replace(average={}), state)
-    powers = 0.8 ** np.arange(5)[::-1]
-    for path, array in step.evaluated(kept).items():
+    assert_averages(step.evaluated(kept), history, 0.8)
+
+
+def assert_averages(evaluated, history, decay):
+    powers = decay ** np.arange(len(history))[::-1]
+    for path, array in evaluated.items():
         expected = np.tensordot(powers / powers.sum(), np.stack([arrays[path] for arrays in history]), 1)
         np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.usefixtures("quick_compilation")
+def test_average_over_a_skipped_step(small_schema, make_step, make_rows, sparse):
+    """What a step left as it was counts once more, in tables by rows, in whole tables and elsewhere alike."""
+    rows = as_batch(make_rows(small_schema, 24))
+    rows["dense"] = rows["dense"].at[9].set(jnp.nan)
+    step, state = make_step(small_schema, average=0.8, sparse=sparse, objective=Objective(nonfinite="skip"))
+    program, history = jax.jit(step), []
+    for number in range(5):
+        state, _ = program(state, take(rows, jnp.arange(4) + 4 * number))
+        history.append(step.evaluated(state._replace(average={})))
+    jax.tree.map(np.testing.assert_array_equal, history[2], history[1])
+    assert_averages(step.evaluated(state), history, 0.8)
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -27,6 +27,8 @@ def test_compact_finds_every_distinct_id_once(num_ids):
     np.testing.assert_array_equal(ids[rows.representatives], ids)
     assert len(np.unique(rows.representatives)) == len(np.unique(ids))
     np.testing.assert_array_equal(np.flatnonzero(touched < 12), np.unique(rows.representatives))
+    first = [np.flatnonzero(ids == one)[0] for one in ids]
+    np.testing.assert_array_equal(rows.representatives, first, "all devices have to choose the same place")
     _, again = compact(slots, jnp.asarray(ids))
     assert len(np.unique(again.representatives)) == len(np.unique(ids))
 

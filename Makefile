@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 PYTHON_NEWEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python) python3.12)
 PYTHON_LOWEST ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.11*/bin/python) python3.11)
 STACK_TESTS ?= tests
+# Processes that share the tests, a file each at a time.
+WORKERS ?= 2
+PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile --download-data
 
 .PHONY: demo test test-slow test-newest test-lowest audit lint format clean
 
@@ -15,21 +18,21 @@ demo: $(VENV)/.run  ## trains on real shopping data and prints the result
 test: $(VENV)/.test  ## the fast suite; fetches the data that it needs once
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -m "not slow" --download-data
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.test  ## the rest
-	$(BIN)/python -m pytest -q -m slow --download-data
+	$(BIN)/python $(PYTEST) -m slow
 
 test-newest: .venv-newest/bin/python  ## the fast suite on the newest releases; PYTHON_NEWEST names the interpreter (3.12)
 	.venv-newest/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '.[test]'
 	.venv-newest/bin/python -m pip list
-	.venv-newest/bin/python -m pytest -q -m "not slow" --download-data $(STACK_TESTS)
+	.venv-newest/bin/python $(PYTEST) -m "not slow" $(STACK_TESTS)
 
 test-lowest: .venv-lowest/bin/python  ## the fast suite on the declared lower bounds; PYTHON_LOWEST names the interpreter (3.11)
 	.venv-lowest/bin/python .ci/lower_bounds.py > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install -q -c .venv-lowest/constraints.txt -e '.[test]'
 	.venv-lowest/bin/python -m pip list
-	.venv-lowest/bin/python -m pytest -q -m "not slow" --download-data $(STACK_TESTS)
+	.venv-lowest/bin/python $(PYTEST) -m "not slow" $(STACK_TESTS)
 
 audit: $(VENV)/.test  ## known advisories of what is installed and of the lower bounds; asks pypi.org or api.osv.dev
 	$(BIN)/python -m pip install -q 'pip-audit>=2.7'

@@ -168,7 +168,9 @@ class Dataset:
         from mtl_jax.data.labels import labels
 
         if not names:
-            raise SchemaError(f"no tasks; expected some of {list(self.schema.task_names)}. Set data.tasks to some of these")
+            raise SchemaError(
+                f"no tasks; expected some of {list(self.schema.task_names)}. Set data.tasks to some of these"
+            )
         frame, tasks = self.frame, []
         for name in names:
             task = self.schema.task(name)

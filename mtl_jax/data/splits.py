@@ -304,7 +304,7 @@ def _key_column(frame: pl.DataFrame, column: str, role: str) -> pl.Series:
             f"{role} column '{column}' is not in the table; expected one of {frame.columns}. Name the {role} column"
         )
     values = frame[column]
-    if values.dtype.is_nested():
+    if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Duration, pl.Object):
         raise SchemaError(
             f"{role} column '{column}' has type {values.dtype}; expected one value a row in a column that splits rows. "
             "Name another column"

@@ -120,9 +120,9 @@ def _check_types(frame: pl.DataFrame, schema: Schema) -> None:
         if isinstance(feature, Numeric):
             expect(feature.name, _is_number(dtype), "a number for Numeric")
         elif isinstance(feature, Categorical):
-            expect(feature.name, not dtype.is_nested(), "one value a row for Categorical")
+            expect(feature.name, _reads_as_text(dtype), "one value a row for Categorical")
         elif isinstance(feature, MultiHot | Sequence):
-            fits = isinstance(dtype, pl.List | pl.Array) and not dtype.inner.is_nested()
+            fits = isinstance(dtype, pl.List | pl.Array) and _reads_as_text(dtype.inner)
             expect(feature.name, fits, f"a list column for {type(feature).__name__}")
     for feature in schema.bags:
         if feature.weights:
@@ -137,7 +137,7 @@ def _check_types(frame: pl.DataFrame, schema: Schema) -> None:
             expect(task.mask, frame[task.mask].dtype.is_integer() or frame[task.mask].dtype == pl.Boolean, "a boolean")
     for role in ("domain", "user", "item", "group", "time"):
         if column := getattr(schema, role):
-            expect(column, not frame[column].dtype.is_nested(), f"one value a row for the {role}")
+            expect(column, _reads_as_text(frame[column].dtype), f"one value a row for the {role}")
     for column in _weight_columns(schema):
         expect(column, _is_number(frame[column].dtype), "a number for a weight")
     if wrong:
@@ -147,16 +147,16 @@ def _check_types(frame: pl.DataFrame, schema: Schema) -> None:
 def _label_type(task: Task, dtype: pl.DataType) -> tuple[bool, str]:
     """Whether a label column has a type that the task can read, and which that would be."""
     if task.kind == "multiclass":
-        return not dtype.is_nested(), f"one value a row for task '{task.name}'"
+        return _reads_as_text(dtype), f"one value a row for task '{task.name}'"
     if task.kind == "ordinal":
         ordered = _is_number(dtype) or isinstance(dtype, pl.Enum) or dtype.is_temporal()
-        fits = ordered or (task.classes is not None and not dtype.is_nested())
+        fits = ordered or (task.classes is not None and _reads_as_text(dtype))
         return (
             fits,
             f"an order for ordinal task '{task.name}': numbers, an Enum, or Task.classes from lowest to highest",
         )
     if task.kind == "multilabel" and isinstance(task.column, str):
-        fits = isinstance(dtype, pl.List | pl.Array) and not dtype.inner.is_nested()
+        fits = isinstance(dtype, pl.List | pl.Array) and _reads_as_text(dtype.inner)
         return fits, f"a list of label names, or several 0/1 columns, for multilabel task '{task.name}'"
     return _is_number(dtype), f"a number for {task.kind} task '{task.name}'"
 
@@ -303,3 +303,8 @@ def _weight_columns(schema: Schema) -> list[str]:
 
 def _is_number(dtype: pl.DataType) -> bool:
     return dtype.is_numeric() or dtype == pl.Boolean
+
+
+def _reads_as_text(dtype: pl.DataType) -> bool:
+    """Whether values can be told apart by their text, as categories are: no lists, structs, bytes or spans of time."""
+    return not (dtype.is_nested() or dtype in (pl.Binary, pl.Duration, pl.Object))

@@ -108,6 +108,11 @@ def fit(
     check_monitor(monitor, data.schema.tasks)
     devices = Devices(parallel, devices)
     batch_size = min(batch_size, data.train.num_rows)
+    if micro_batches > batch_size:
+        raise ConfigError(
+            f"trainer.micro_batches is {micro_batches} for batches of {batch_size} rows; expected at most one a row. "
+            "Lower it"
+        )
     choices = _table_updates(model, data.schema, batch_size, table_updates)
     optimizer = as_optimizer(Optimizer() if optimizer is None else optimizer)
     trivial = metrics.baselines.evaluate_baselines(data, data.valid, names=("global_mean",))["global_mean"]
@@ -146,7 +151,7 @@ def fit(
         batch_size=batch_size,
         padded_size=_padded(batch_size, devices.number * micro_batches),
         patience=patience,
-        steps_per_call=steps_per_call,
+        steps_per_call=min(steps_per_call, math.ceil(data.train.num_rows / batch_size)),
         devices=devices,
         checkpoints=None
         if checkpoints is None

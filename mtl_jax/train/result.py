@@ -1,6 +1,7 @@
 """Position: where a run stands. Result: what it ends in."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -104,8 +105,8 @@ class Position:
 
     @property
     def best_step(self) -> int | None:
-        """Step of the selection over all parameters."""
-        return self.selected["step"] if self.selected else next(iter(self.best.values()), {"step": None})["step"]
+        """Step that a stage with one monitor selects; None before its first evaluation."""
+        return next(iter(self.best.values()), {"step": None})["step"]
 
     def selection(self, monitor: Monitor, values: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
         """``{name, value, step}`` of the selection, whose metrics are ``values``; after staged training by task too."""
@@ -156,5 +157,10 @@ class Result:
 
     def predict(self, rows: Encoded) -> dict[str, np.ndarray]:
         """Outputs of every task: logits, or standardised predictions of regression tasks."""
-        functional, params, rest = Functional.of(self.model)
-        return predict(functional, params | rest, rows)
+        _, params, rest = Functional.of(self.model)
+        return predict(self._functional, params | rest, rows)
+
+    @functools.cached_property
+    def _functional(self) -> Functional:
+        """Kept, because programs are compiled for one functional view."""
+        return Functional.of(self.model)[0]

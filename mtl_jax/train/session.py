@@ -235,7 +235,9 @@ class Session:
     def save(self, state: TrainState, position: Position) -> None:
         if self.checkpoints:
             at = int(jax.device_get(state.step))
-            self.checkpoints.save(at, state, dataclasses.asdict(position), best=position.best_step)
+            by_task = self.stages[position.stage].by_task  # then the state itself holds what is selected
+            best = None if by_task else position.best_step
+            self.checkpoints.save(at, state, dataclasses.asdict(position), best=best)
             self.observer.saved(step=at)
         self.saved = time.perf_counter()
 

@@ -21,6 +21,7 @@ from mtl_jax.nn import Context, Encoder, Tower
 from mtl_jax.sharing import SharedBottom
 from mtl_jax.train import Objective, Optimizer, Quiet, fit
 from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.predict import _pass_over
 from mtl_jax.train.state import Functional
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
@@ -138,6 +139,9 @@ def test_result_tells_what_happened(undisturbed, data):
                 if row["part"] == "valid" and row["task"] and row["step"] == undisturbed.monitor["step"]}  # fmt: skip
     assert selected == {(t, m): v for t, metrics in undisturbed.metrics["valid"].items() for m, v in metrics.items()}
     outputs = undisturbed.predict(data.valid)
+    compiled = _pass_over._cache_size()
+    jax.tree.map(np.testing.assert_array_equal, undisturbed.predict(data.valid), outputs)
+    assert _pass_over._cache_size() == compiled
     assert evaluate(data.schema.tasks, outputs, data.valid)[0] == undisturbed.metrics["valid"]
     losses = [row for row in undisturbed.history if row["part"] == "train" and row["name"] == "loss"]
     assert [row["task"] for row in losses] == ["click", "spend"] * 3
@@ -366,6 +370,7 @@ def test_staged_runs_resume(tmp_path, train, at):
     resumed = train(observer=observer, checkpoints=tmp_path, checkpoint_seconds=0, **options)
     assert observer.begun == (16, at - 1)
     assert_same_run(resumed, whole)
+    assert Checkpoints(tmp_path).steps() == [15, 16], "the second stage needs none of the first"
 
 
 class Scaled(Tower):
@@ -422,6 +427,7 @@ def test_micro_batches_and_half_precision_train(train):
     [
         ({"training": "alternating"}, r"training is 'alternating'; expected one of \['joint', 'staged'\]"),
         ({"micro_batches": 0}, "trainer.micro_batches is 0; expected a number >= 1"),
+        ({"micro_batches": 17}, "trainer.micro_batches is 17 for batches of 16 rows; expected at most one a row"),
         ({"devices": 99}, "parallel.devices is 99; expected a number from 1 to"),
         ({"epochs": 0}, "trainer.epochs is 0; expected a number >= 1"),
         ({"batch_size": 0}, "trainer.batch_size is 0"),

@@ -122,8 +122,9 @@ class Session:
         at = int(jax.device_get(state.step))
         position.next_stage()
         state = self.enter(position.stage, self.step.functional.merge(chosen), at)
+        self.best = None
         values, _ = self.measure(self.evaluated(state))
-        return self.judge(state, position, values)[0]
+        return self.judge(state, position, values, position.selected["step"])[0]
 
     def run_stage(self, state: TrainState, position: Position) -> TrainState:
         """The epochs of a stage, from wherever ``position`` stands in it."""
@@ -191,7 +192,7 @@ class Session:
         position.close_epoch(
             at, self.data.schema.task_names, values, monitor, weighted=not self.stages[position.stage].by_task
         )
-        state, improved = self.judge(state, position, values)
+        state, improved = self.judge(state, position, values, at)
         self.observer.evaluated(
             epoch=position.epoch,
             values={f"{task.name} {task.metric}": values[task.name][task.metric] for task in self.data.schema.tasks},
@@ -203,9 +204,11 @@ class Session:
             self.observer.parameters(at, arrays)
         return state
 
-    def judge(self, state: TrainState, position: Position, values: Mapping[str, Any]) -> tuple[TrainState, bool]:
-        """The state with what is best so far, and whether this evaluation is that for some monitor."""
-        stage, at = self.stages[position.stage], int(jax.device_get(state.step))
+    def judge(
+        self, state: TrainState, position: Position, values: Mapping[str, Any], at: int
+    ) -> tuple[TrainState, bool]:
+        """The state with what is best so far, and whether this evaluation, of step ``at``, is that for some monitor."""
+        stage = self.stages[position.stage]
         improved = [m for m in stage.monitors if position.judge(m, values, at, self.patience)]
         if improved and (stage.by_task or not self.checkpoints):
             arrays = self.evaluated(state)

@@ -59,15 +59,13 @@ def cases():
         node = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
         node |= {"weights": [1.0, 0.5, 2.0]} if node.get("weights") == "???" else {}
         yield path.stem, {"balancer": build(node)}
-    for scope in ("representation", "shared", "all"):
-        yield f"pcgrad {scope}", {"balancer": pcgrad(), "options": BalancingOptions(scope=scope)}
+    yield "scope all", {"balancer": pcgrad(), "options": BalancingOptions(scope="all"), "average": 0.5}
     weighted = BalancingOptions(scope="representation", head_gradient="weighted")
-    yield "pcgrad weighted heads", {"balancer": pcgrad(), "options": weighted}
+    yield "weighted heads", {"balancer": pcgrad(), "options": weighted}
     plain = BalancingOptions(head_gradient="plain")
     yield "private tables", {"balancer": equal(), "options": plain, "sharing": SingleTask}
     yield "dense tables", {"balancer": equal(), "table_updates": None}
-    yield "micro-batches", {"balancer": pcgrad(), "micro_batches": 2, "options": BalancingOptions(scope="all")}
-    yield "average", {"balancer": equal(), "average": 0.5}
+    yield "micro-batches", {"balancer": pcgrad(), "micro_batches": 2, "options": BalancingOptions(scope="shared")}
 
 
 def model_of(sharing):

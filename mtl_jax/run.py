@@ -30,6 +30,9 @@ from mtl_jax.report.terminal import print_result
 from mtl_jax.report.warned import warnings_kept
 from mtl_jax.sharing import Strategy
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, Result, fit
+from mtl_jax.train.parallel import Devices
+from mtl_jax.train.stages import check_training
+from mtl_jax.train.step import check_numerics
 from mtl_jax.watch import OPTIONS as WATCH_KEYS
 from mtl_jax.watch import check_options, observe
 
@@ -131,7 +134,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_arguments(fit, given, place="trainer", names={"tables": "table_updates"})
     for key in ("steps_per_call", "micro_batches"):  # arrays have these lengths
         check_count(config["trainer"][key], f"trainer.{key}")
+    check_numerics(config["trainer"]["precision"], config["trainer"]["average"])
     check_arguments(fit, config["parallel"], place="parallel", names={"strategy": "parallel"})
+    _devices(config)
+    check_training(config["training"])
     check_count(config["seed"], "seed", least=0, most=MAX_SEED)
     if not isinstance(config["output_dir"], str) or not config["output_dir"] or "\0" in config["output_dir"]:
         raise ConfigError(f"output_dir is {shown(config['output_dir'])}; expected the path of a folder. Change it")
@@ -149,7 +155,6 @@ def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name} has _target_ {shown(config[name]['_target_'])}; expected the constructor of a {kind.__name__}, "
                 f"with _partial_: true. Choose one of conf/{name}, or a class of your own that is one"
             )
-    check_keys(config["parallel"], PARALLEL_KEYS, place="parallel")
     return {
         "balancer": _built(config | {"balancing": balancing}, "balancing", Balancer),
         "options": BalancingOptions(**options),
@@ -313,11 +318,15 @@ def _known(
         "dirty": dirty,
         "device": {
             "kind": device.device_kind,
-            "count": jax.device_count(),
+            "count": _devices(config).number,
             "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         },
         "precision": config["trainer"]["precision"],
     }
+
+
+def _devices(config: Mapping[str, Any]) -> Devices:
+    return Devices(config["parallel"]["strategy"], config["parallel"]["devices"])
 
 
 def _write(home: RunFolder, record: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """Options and markers of the whole suite."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mtl_jax.data import fetch, sources
@@ -30,3 +33,25 @@ def pytest_collection_modifyitems(items):
 def _present(dataset: str) -> bool:
     cache = fetch.open_cache(sources.source_of(dataset))
     return not cache.missing(cache.choose(None))
+
+
+@pytest.fixture
+def assert_loss_matches():
+    """(loss, reference, outputs, labels): values and gradients of an element-wise loss in float64 are the reference's."""
+
+    def compare(loss, reference, outputs, labels):
+        with jax.enable_x64(True):
+            values = np.asarray(loss(jnp.asarray(outputs), jnp.asarray(labels)))
+            gradient = np.asarray(jax.grad(lambda a: loss(a, jnp.asarray(labels)).sum())(jnp.asarray(outputs)))
+        assert values.dtype == np.float64
+        np.testing.assert_allclose(values, [reference(a, y) for a, y in zip(outputs, labels, strict=True)], rtol=1e-10)
+
+        differences = np.zeros_like(outputs)
+        for index in np.ndindex(outputs.shape):
+            step = np.zeros_like(outputs)
+            step[index] = 1e-5
+            up, down = (reference((outputs + s)[index[0]], labels[index[0]]) for s in (step, -step))
+            differences[index] = (up - down) / 2e-5
+        np.testing.assert_allclose(gradient, differences, rtol=1e-6, atol=1e-8)
+
+    return compare

@@ -754,7 +754,8 @@ CONFIGURATIONS = [
         "trainer.progress is 'some' … expected auto, true … Change",
     ),
     Row("tables of another type", {"trainer.tables": 3}, "is 3 … expected text or a mapping … Change"),
-    Row("an unknown precision", {"trainer.precision": "float8"}, "float8 … expected … Change", record=True),
+    Row("an unknown precision", {"trainer.precision": "float8"}, "float8 … expected … Change"),
+    Row("an average of everything", {"trainer.average": 1.0}, "average is 1.0 … expected a decay in … Change"),
     Row("no epoch", {"trainer.epochs": 0}, "trainer.epochs is 0 … expected a number >= 1 … Change", record=True),
     Row(
         "a negative batch",
@@ -773,15 +774,13 @@ CONFIGURATIONS = [
         "an unknown strategy of devices",
         {"parallel.strategy": "threads"},
         "'threads' … expected one of … Change",
-        record=True,
     ),
     Row(
         "more devices than there are",
         {"parallel.devices": 4096},
         "devices is 4096 … expected a number from 1 … Lower it",
-        record=True,
     ),
-    Row("an unknown training", {"training": "later"}, "training is 'later' … expected one of … Change", record=True),
+    Row("an unknown training", {"training": "later"}, "training is 'later' … expected one of … Change"),
     Row(
         "a negative learning rate",
         {"optimizer.learning_rate": -1},

@@ -166,7 +166,10 @@ class _Model:
         """The sum of a function over micro-batches, one after the other, and over devices."""
         shapes = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], self.parts))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None)  # noqa: E731
+
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, function(part)), None
+
         return self.total(jax.lax.scan(add, zeros, self.parts)[0])
 
 

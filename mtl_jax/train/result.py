@@ -28,7 +28,7 @@ class Position:
       sums: Name -> value of the epoch under way, per task where it has one (see :class:`mtl_jax.train.step.Sums`).
       skipped: Steps without an update, over the whole run.
       best: Monitor of the stage -> ``{step, value, stale}``: its best evaluation, and how many came since.
-      selected: ``{step}`` of what the first stage selected, once it has ended in another one.
+      start_step: Step of what the stage began with, selected by the one before; None in the first.
       finished: Whether the stage has ended.
       train_seconds: Time in compiled steps, without compilation and evaluation.
       examples: Rows trained on in that time.
@@ -41,7 +41,7 @@ class Position:
     sums: dict[str, Any] = dataclasses.field(default_factory=dict)
     skipped: int = 0
     best: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    selected: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start_step: int | None = None
     finished: bool = False
     train_seconds: float = 0.0
     examples: int = 0
@@ -63,7 +63,7 @@ class Position:
 
     def next_stage(self) -> None:
         """Begins the next stage; history and totals go on."""
-        self.selected = {"step": self.best_step}
+        self.start_step = self.best_step
         self.stage, self.epoch, self.step, self.sums = self.stage + 1, 0, 0, {}
         self.best, self.finished = {}, False
 
@@ -110,7 +110,7 @@ class Position:
 
     def selection(self, monitor: Monitor, values: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
         """``{name, value, step}`` of the selection, whose metrics are ``values``; after staged training by task too."""
-        if not self.selected:
+        if self.stage == 0:
             best = self.best[monitor.name]
             return {"name": monitor.name, "value": best["value"], "step": best["step"]}
         tasks = {

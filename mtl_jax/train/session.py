@@ -123,8 +123,8 @@ class Session:
         position.next_stage()
         state = self.enter(position.stage, self.step.functional.merge(chosen), at)
         self.best = None
-        values, _ = self.measure(self.evaluated(state))
-        return self.judge(state, position, values, position.selected["step"])[0]
+        arrays = self.evaluated(state)
+        return self.judge(state, position, arrays, self.measure(arrays)[0], position.start_step)[0]
 
     def run_stage(self, state: TrainState, position: Position) -> TrainState:
         """The epochs of a stage, from wherever ``position`` stands in it."""
@@ -192,7 +192,7 @@ class Session:
         position.close_epoch(
             at, self.data.schema.task_names, values, monitor, weighted=not self.stages[position.stage].by_task
         )
-        state, improved = self.judge(state, position, values, at)
+        state, improved = self.judge(state, position, arrays, values, at)
         self.observer.evaluated(
             epoch=position.epoch,
             values={f"{task.name} {task.metric}": values[task.name][task.metric] for task in self.data.schema.tasks},
@@ -205,18 +205,16 @@ class Session:
         return state
 
     def judge(
-        self, state: TrainState, position: Position, values: Mapping[str, Any], at: int
+        self, state: TrainState, position: Position, arrays: Params, values: Mapping[str, Any], at: int
     ) -> tuple[TrainState, bool]:
         """The state with what is best so far, and whether this evaluation, of step ``at``, is that for some monitor."""
         stage = self.stages[position.stage]
         improved = [m for m in stage.monitors if position.judge(m, values, at, self.patience)]
-        if improved and (stage.by_task or not self.checkpoints):
-            arrays = self.evaluated(state)
-            if stage.by_task:
-                chosen = {p: arrays[p] for p in state.selected if any(stage.selects(m, p) for m in improved)}
-                state = state._replace(selected=state.selected | jax.tree.map(jnp.copy, chosen))
-            else:  # with checkpoints that of the best step is kept
-                self.best = jax.tree.map(jnp.copy, arrays)
+        if improved and stage.by_task:
+            chosen = {p: arrays[p] for p in state.selected if any(stage.selects(m, p) for m in improved)}
+            state = state._replace(selected=state.selected | jax.tree.map(jnp.copy, chosen))
+        elif improved and not self.checkpoints:  # which keep that of the best step
+            self.best = jax.tree.map(jnp.copy, arrays)
         return state, bool(improved)
 
     def evaluated(self, state: TrainState) -> Params:

@@ -16,14 +16,12 @@ class Stage:
     """A part of training that ends by its own monitors.
 
     Attributes:
-      name: For messages.
       trainable: Whether a parameter, named by its path, is trained.
       monitors: What is watched. One monitor selects all parameters together; several select the parameters of one task
         each, named before the slash.
       by_task: Whether it is one monitor a task.
     """
 
-    name: str
     trainable: Callable[[str], bool]
     monitors: tuple[Monitor, ...]
     by_task: bool = False
@@ -50,11 +48,16 @@ def stages_of(
     Raises:
       ConfigError: Unknown training or monitor.
     """
-    if training not in TRAININGS:
-        raise ConfigError(f"training is '{training}'; expected one of {list(TRAININGS)}. Change it")
+    check_training(training)
     tasks = tuple(tasks)
-    joint = Stage("joint", lambda path: True, (Monitor(monitor, tasks, trivial),))
+    joint = Stage(lambda path: True, (Monitor(monitor, tasks, trivial),))
     if training == "joint":
         return (joint,)
     own = tuple(Monitor(f"{task.name}/{task.metric}", tasks, trivial) for task in tasks)
-    return joint, Stage("tasks", lambda path: label(path).startswith("task/"), own, by_task=True)
+    return joint, Stage(lambda path: label(path).startswith("task/"), own, by_task=True)
+
+
+def check_training(training: str) -> None:
+    """Raises a ConfigError that lists the ways of training."""
+    if training not in TRAININGS:
+        raise ConfigError(f"training is {training!r}; expected one of {list(TRAININGS)}. Change it")

@@ -85,10 +85,7 @@ class Step:
     axis: str | None = None
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision is '{self.precision}'; expected one of {list(PRECISIONS)}. Change it")
-        if self.average is not None and not 0 < self.average < 1:
-            raise ConfigError(f"trainer.average is {self.average}; expected a decay in (0, 1), or null. Change it")
+        check_numerics(self.precision, self.average)
 
     @classmethod
     def of(
@@ -310,6 +307,14 @@ class Step:
             nonfinite=(bad & ~jnp.isfinite(balanced.losses.loss)).astype(jnp.int32),
             null_rows=keep(balanced.info["null_rows"]).astype(jnp.int32),
         )
+
+
+def check_numerics(precision: str, average: float | None) -> None:
+    """Raises a ConfigError for an unknown precision, or a decay outside of (0, 1)."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision is '{precision}'; expected one of {list(PRECISIONS)}. Change it")
+    if average is not None and not 0 < average < 1:
+        raise ConfigError(f"trainer.average is {average}; expected a decay in (0, 1), or null. Change it")
 
 
 class _Part(NamedTuple):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_count, check_number
 from mtl_jax.nn.context import Context
-from mtl_jax.nn.mlp import check_rate, dropout
+from mtl_jax.nn.mlp import dropout, dropout_rate
 
 
 class Encoder(nnx.Module):
@@ -37,7 +37,7 @@ class Encoder(nnx.Module):
         check_number(stddev, "stddev", least=0.0)
         self.embedding_dim = embedding_dim
         self.stddev = stddev
-        self.dropout = check_rate(dropout)
+        self.dropout = dropout_rate(dropout)
         self.out_features = num_lookups * embedding_dim + num_dense
 
     def __call__(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_count, check_counts
 from mtl_jax.nn.context import Context
-from mtl_jax.nn.mlp import check_rate, dropout
+from mtl_jax.nn.mlp import dropout, dropout_rate
 
 
 class Experts(nnx.Module):
@@ -41,7 +41,7 @@ class Experts(nnx.Module):
         widths = (in_features, *units)
         self.out_features = widths[-1]
         self.num_experts = num_experts
-        self.dropout = check_rate(dropout)
+        self.dropout = dropout_rate(dropout)
         self.layers = nnx.List(
             [StackedLinear(num_experts, i, o, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)]
         )

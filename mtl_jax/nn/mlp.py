@@ -38,7 +38,7 @@ class MLP(nnx.Module):
         check_counts(units, "units")
         widths = (in_features, *units)
         self.out_features = widths[-1]
-        self.dropout = check_rate(dropout)
+        self.dropout = dropout_rate(dropout)
         self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)])
         self.norms = nnx.List([nnx.LayerNorm(o, rngs=rngs) for o in units] if norm == "layer" else [])
 
@@ -71,21 +71,26 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
-def dropout(x: Float[Array, "..."], rate: float, context: Context) -> Float[Array, "..."]:
+class Rate(nnx.Variable):
+    """A dropout rate above 0: an array of the model that no optimizer touches, so that runs of several rates share one
+    compiled program. A rate of 0 is no dropout, and another program."""
+
+
+def dropout(x: Float[Array, "..."], rate: float | Rate | None, context: Context) -> Float[Array, "..."]:
     """Zeroes entries with probability ``rate`` in training and scales the others by 1 / (1 - rate).
 
     Raises:
       ValueError: If the context trains without a key.
     """
-    if rate == 0.0 or not context.train:
+    if rate is None or not context.train:
         return x
     if context.rngs is None:
-        raise ValueError(f"dropout {rate} in training needs a key; pass Context(train=True, rngs=key)")
-    kept = jax.random.bernoulli(context.rngs, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / (1.0 - rate), 0.0)
+        raise ValueError("dropout in training needs a key; pass Context(train=True, rngs=key)")
+    kept = 1.0 - (rate[...] if isinstance(rate, Rate) else rate)
+    return jnp.where(jax.random.bernoulli(context.rngs, kept, x.shape), x / jnp.asarray(kept, x.dtype), 0.0)
 
 
-def check_rate(rate: float) -> float:
-    """The rate as a float; a ConfigError for anything but a number in [0, 1)."""
+def dropout_rate(rate: float) -> Rate | None:
+    """The rate as part of a module, None for 0; a ConfigError for anything but a number in [0, 1)."""
     check_number(rate, "dropout", least=0.0, below=1.0)
-    return float(rate)
+    return Rate(jnp.float32(rate)) if rate > 0 else None

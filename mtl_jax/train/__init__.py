@@ -7,12 +7,15 @@ from mtl_jax.train.optimizer import Optimizer
 from mtl_jax.train.parallel import compile_step
 from mtl_jax.train.progress import Bar, Observer, Quiet
 from mtl_jax.train.result import Result
+from mtl_jax.train.setup import Member
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Step, Sums
+from mtl_jax.train.vectorize import fit_many
 
 __all__ = [
     "BalancingOptions",
     "Bar",
+    "Member",
     "Objective",
     "Observer",
     "Optimizer",
@@ -24,4 +27,5 @@ __all__ = [
     "balanced_gradients",
     "compile_step",
     "fit",
+    "fit_many",
 ]

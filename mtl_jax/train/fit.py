@@ -1,32 +1,20 @@
 """fit: trains a model on a data set, from the first step to the selected parameters."""
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import jax
 import optax
 
-from mtl_jax import metrics
-from mtl_jax.balancing import Balancer, equal
-from mtl_jax.data.batching import as_batch
+from mtl_jax.balancing import Balancer
 from mtl_jax.data.dataset import Dataset, TrainingData
-from mtl_jax.data.schema import Schema
-from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel
-from mtl_jax.train import tables
-from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.gradients import BalancingOptions
-from mtl_jax.train.monitor import check_monitor
 from mtl_jax.train.objective import Objective
-from mtl_jax.train.optimizer import Optimizer, as_optimizer
-from mtl_jax.train.parallel import Devices
-from mtl_jax.train.progress import Observer, Quiet
+from mtl_jax.train.optimizer import Optimizer
+from mtl_jax.train.progress import Observer
 from mtl_jax.train.result import Result
 from mtl_jax.train.session import Session
-from mtl_jax.train.stages import Stage, stages_of
-from mtl_jax.train.state import TrainState
-from mtl_jax.train.step import Step
+from mtl_jax.train.setup import Member, Setup
 
 
 def fit(
@@ -36,6 +24,7 @@ def fit(
     balancer: Balancer | None = None,
     optimizer: Optimizer | optax.GradientTransformation | None = None,
     seed: int = 0,
+    order_seed: int | None = None,
     epochs: int = 10,
     batch_size: int = 4096,
     patience: int = 2,
@@ -65,6 +54,7 @@ def fit(
       balancer: How tasks are weighed; ``equal()`` by default.
       optimizer: An :class:`Optimizer` or an optax transform; Adam with rate 1e-3 by default.
       seed: Of data order, dropout and draws. The model brings its own initialisation.
+      order_seed: Of the data order alone; None: ``seed``.
       epochs: Most epochs of a stage.
       batch_size: Rows a step.
       patience: Epochs without a better monitor before training stops; 0 never stops early.
@@ -101,87 +91,32 @@ def fit(
       >>> sorted(result.metrics["valid"]["y1"])
       ['mae', 'rmse']
     """
-    data = dataset.for_training() if isinstance(dataset, Dataset) else dataset
-    _check_numbers(epochs=(epochs, 1), batch_size=(batch_size, 1), patience=(patience, 0),
-                   steps_per_call=(steps_per_call, 1), checkpoint_seconds=(checkpoint_seconds, 0),
-                   micro_batches=(micro_batches, 1))  # fmt: skip
-    check_monitor(monitor, data.schema.tasks)
-    devices = Devices(parallel, devices)
-    batch_size = min(batch_size, data.train.num_rows)
-    if micro_batches > batch_size:
-        raise ConfigError(
-            f"trainer.micro_batches is {micro_batches} for batches of {batch_size} rows; expected at most one a row. "
-            "Lower it"
-        )
-    choices = _table_updates(model, data.schema, batch_size, table_updates)
-    optimizer = as_optimizer(Optimizer() if optimizer is None else optimizer)
-    trivial = metrics.baselines.evaluate_baselines(data, data.valid, names=("global_mean",))["global_mean"]
-    stages = stages_of(training, monitor, data.schema.tasks, trivial)
-
-    balancer = equal() if balancer is None else balancer
-
-    def build(stage: Stage, model: MultiTaskModel, start: int) -> tuple[Step, TrainState]:
-        return Step.of(
-            model,
-            data.schema.tasks,
-            key=jax.random.key(seed),
-            objective=objective,
-            balancer=equal() if stage.by_task else balancer,
-            options=BalancingOptions() if stage.by_task else options,
-            optimizer=optimizer,
-            table_updates=choices,
-            micro_batches=micro_batches,
-            precision=precision,
-            average=average,
-            axis=devices.axis,
-            trainable=stage.trainable,
-            start=start,
-        )
-
-    weighted = options.weighted_heads(balancer)
-    session = Session(
-        build=build,
-        stages=stages,
-        model=model,
-        data=data,
-        train=devices.replicate(as_batch(data.train)),
-        valid=devices.replicate(as_batch(data.valid)),
-        seed=seed,
+    setup = Setup.of(
+        dataset,
         epochs=epochs,
         batch_size=batch_size,
-        padded_size=_padded(batch_size, devices.number * micro_batches),
         patience=patience,
-        steps_per_call=min(steps_per_call, math.ceil(data.train.num_rows / batch_size)),
+        monitor=monitor,
+        objective=objective,
+        options=options,
+        table_updates=table_updates,
+        steps_per_call=steps_per_call,
+        training=training,
+        micro_batches=micro_batches,
+        precision=precision,
+        average=average,
+        parallel=parallel,
         devices=devices,
-        checkpoints=None
-        if checkpoints is None
-        else Checkpoints(checkpoints, identity={"data": data.identity, "seed": str(seed)}),
         checkpoint_seconds=checkpoint_seconds,
-        observer=observer or Quiet(),
         should_stop=should_stop,
-        table_updates=choices,
-        facts={"scope": options.scope, "head_gradient": "weighted" if weighted else "plain"},
     )
-    return session.run()
-
-
-def _padded(batch_size: int, parts: int) -> int:
-    """Rows of a step that is computed in so many equal parts."""
-    return math.ceil(batch_size / parts) * parts
-
-
-def _table_updates(
-    model: MultiTaskModel, schema: Schema, batch_size: int, override: str | Mapping[str, str]
-) -> dict[str, str]:
-    """How each table is updated, by its size and by the ids that one batch looks up in it."""
-    lookups: dict[str, int] = {}
-    for feature in model.features:
-        length = getattr(feature, "max_len", 1)
-        lookups[feature.vocabulary] = lookups.get(feature.vocabulary, 0) + batch_size * length
-    return tables.choose({name: schema.vocabulary(name).size for name in lookups}, lookups, override)
-
-
-def _check_numbers(**bounds: tuple[float, float]) -> None:
-    for name, (value, least) in bounds.items():
-        if not value >= least:
-            raise ConfigError(f"trainer.{name} is {value}; expected a number >= {least}. Change it")
+    member = Member(
+        lambda: model,
+        seed=seed,
+        balancer=balancer,
+        optimizer=optimizer,
+        order_seed=order_seed,
+        checkpoints=checkpoints,
+        observer=observer,
+    )
+    return Session(setup, member).run()

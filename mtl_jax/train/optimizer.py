@@ -51,7 +51,7 @@ class Optimizer:
             )
         rates = self.learning_rate if isinstance(self.learning_rate, Mapping) else {DEFAULT: self.learning_rate}
         for name, rate in rates.items():
-            if not callable(rate) and not (_is_number(rate) and 0 < rate < math.inf):
+            if not callable(rate) and not _positive(rate):
                 raise ConfigError(
                     f"optimizer.learning_rate is {self.learning_rate!r}; expected a number > 0 or a schedule, or one by "
                     f"label of {[*LABEL_KINDS, 'task/<name>', DEFAULT]}. Change it"
@@ -68,12 +68,12 @@ class Optimizer:
             )
         decay = dict.fromkeys(LABEL_KINDS, decay) if not isinstance(decay, Mapping) else dict(decay)
         unknown = sorted(set(decay) - set(LABEL_KINDS))
-        if unknown or not all(_is_number(rate) and 0 <= rate < math.inf for rate in decay.values()):
+        if unknown or not all(_is_number(rate) and (_positive(rate) or rate == 0) for rate in decay.values()):
             raise ConfigError(
                 f"optimizer.weight_decay is {self.weight_decay}; expected rates >= 0 for labels of {list(LABEL_KINDS)}. "
                 "Change them"
             )
-        if self.clip_norm is not None and not (_is_number(self.clip_norm) and self.clip_norm > 0):
+        if self.clip_norm is not None and not _positive(self.clip_norm):
             raise ConfigError(f"optimizer.clip_norm is {self.clip_norm!r}; expected a number > 0 or null. Change it")
         object.__setattr__(self, "weight_decay", decay)
 
@@ -84,7 +84,7 @@ class Optimizer:
                 rate, lambda params, kind=kind: {p: decays(p) and _kind(p) == kind for p in params}
             )
             for kind, rate in self.weight_decay.items()
-            if rate > 0
+            if _acts(rate)
         ]
         if not isinstance(self.learning_rate, Mapping):
             return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(self.learning_rate))
@@ -95,10 +95,40 @@ class Optimizer:
     def rows(self, path: str) -> optax.GradientTransformation:
         """The transform of the rows of one table."""
         decay = self.weight_decay.get(_kind(path), 0.0)
-        decayed = [optax.add_decayed_weights(decay)] if decay > 0 else []
+        decayed = [optax.add_decayed_weights(decay)] if _acts(decay) else []
         rate = self.learning_rate
         rate = rate[self._rate_name(path)] if isinstance(rate, Mapping) else rate
         return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(rate))
+
+    def numbers(self) -> dict[str, Any]:
+        """Learning rates, decays and bound that are numbers: what may differ between runs of one compiled program.
+
+        Schedules are functions and a decay of 0 is no decay, so both belong to the program.
+        """
+        rate = self.learning_rate
+        rates = rate if isinstance(rate, Mapping) else {DEFAULT: rate}
+        return {
+            "learning_rate": {name: value for name, value in rates.items() if not callable(value)},
+            "weight_decay": {name: value for name, value in self.weight_decay.items() if _acts(value)},
+            "clip_norm": self.clip_norm,
+        }
+
+    def with_numbers(self, numbers: Mapping[str, Any]) -> "Optimizer":
+        """The same optimizer with other :meth:`numbers`, traced ones too."""
+        rate = self.learning_rate
+        rates = numbers["learning_rate"]
+        return dataclasses.replace(
+            self,
+            learning_rate=dict(rate) | rates if isinstance(rate, Mapping) else rates.get(DEFAULT, rate),
+            weight_decay=self.weight_decay | numbers["weight_decay"],
+            clip_norm=numbers["clip_norm"],
+        )
+
+    def program(self) -> tuple:
+        """What optimizers must have in common to share a compiled program, beside the structure of :meth:`numbers`."""
+        rates = self.learning_rate if isinstance(self.learning_rate, Mapping) else {DEFAULT: self.learning_rate}
+        schedules = tuple((name, rate) for name, rate in rates.items() if callable(rate))
+        return self.transform, isinstance(self.learning_rate, Mapping), schedules
 
     def _rate_name(self, path: str) -> str:
         """The entry of ``learning_rate`` that a parameter follows."""
@@ -133,6 +163,15 @@ def as_optimizer(optimizer: Any) -> Optimizer:
 def _is_number(value: Any) -> bool:
     """Also for an array of one number, which the run axis of seeds and rates may put here."""
     return not isinstance(value, bool) and (isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0)
+
+
+def _positive(value: Any) -> bool:
+    """Whether it is a finite number > 0. A traced one stands for numbers that were checked before."""
+    return isinstance(value, jax.core.Tracer) or (_is_number(value) and 0 < value < math.inf)
+
+
+def _acts(decay: Any) -> bool:
+    return isinstance(decay, jax.core.Tracer) or decay > 0
 
 
 def _kind(path: str) -> str:

@@ -1,7 +1,6 @@
 """Position: where a run stands. Result: what it ends in."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -157,10 +156,5 @@ class Result:
 
     def predict(self, rows: Encoded) -> dict[str, np.ndarray]:
         """Outputs of every task: logits, or standardised predictions of regression tasks."""
-        _, params, rest = Functional.of(self.model)
-        return predict(self._functional, params | rest, rows)
-
-    @functools.cached_property
-    def _functional(self) -> Functional:
-        """Kept, because programs are compiled for one functional view."""
-        return Functional.of(self.model)[0]
+        functional, params, rest = Functional.of(self.model)
+        return predict(functional, params | rest, rows)

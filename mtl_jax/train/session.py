@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,18 +11,15 @@ import numpy as np
 
 from mtl_jax import metrics
 from mtl_jax.data.batching import epoch_order
-from mtl_jax.data.dataset import TrainingData
 from mtl_jax.errors import Interrupted, RunFolderError, TrainingError
 from mtl_jax.model import MultiTaskModel
-from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.loop import run_steps
-from mtl_jax.train.parallel import Devices, compile_step
+from mtl_jax.train.parallel import compile_step
 from mtl_jax.train.predict import flops_per_example, predict
-from mtl_jax.train.progress import Observer
 from mtl_jax.train.result import Position, Result
-from mtl_jax.train.stages import Stage
-from mtl_jax.train.state import Params, TrainState, count_parameters
-from mtl_jax.train.step import Step, Sums
+from mtl_jax.train.setup import Member, Setup
+from mtl_jax.train.state import Params, TrainState, count_parameters, shapes_of
+from mtl_jax.train.step import Numbers, Step, Sums
 
 
 @dataclasses.dataclass
@@ -30,57 +27,29 @@ class Session:
     """What does not change from epoch to epoch, and the compiled program of the stage under way.
 
     Attributes:
-      build: (stage, model with the values to start from, number of its first step) -> step and state.
-      stages: In their order.
-      model: The initial one.
-      data: Training and validation parts.
-      train: The training part on the devices.
-      valid: The validation part on the devices.
-      seed: Of the data order.
-      epochs: Most epochs of a stage.
-      batch_size: Rows of a step.
-      padded_size: Rows of a step with its padding, which the devices and micro-batches divide.
-      patience: Evaluations without a better monitor before a stage ends; 0: never.
-      steps_per_call: Steps between two looks at the device.
-      devices: Where.
-      checkpoints: Where the run is kept, if anywhere.
-      checkpoint_seconds: Longest time between two of them inside an epoch.
-      observer: Is told.
-      should_stop: Is asked.
-      table_updates: Vocabulary -> how its tables are updated.
-      facts: For the diagnostics of the result.
+      setup: Data, options, and programs that other runs may have compiled.
+      member: This run.
     """
 
-    build: Callable[[Stage, MultiTaskModel, int], tuple[Step, TrainState]]
-    stages: tuple[Stage, ...]
-    model: MultiTaskModel
-    data: TrainingData
-    train: Mapping[str, Any]
-    valid: Mapping[str, Any]
-    seed: int
-    epochs: int
-    batch_size: int
-    padded_size: int
-    patience: int
-    steps_per_call: int
-    devices: Devices
-    checkpoints: Checkpoints | None
-    checkpoint_seconds: float
-    observer: Observer
-    should_stop: Callable[[], bool]
-    table_updates: dict[str, str]
-    facts: Mapping[str, Any]
+    setup: Setup
+    member: Member
     step: Step = dataclasses.field(init=False)
     program: Callable[..., tuple[TrainState, Sums]] = dataclasses.field(init=False)
     compile_seconds: float = 0.0
     saved: float = dataclasses.field(default_factory=time.perf_counter)
     best: Params | None = None
 
+    def __post_init__(self):
+        self.stages, self.data, self.devices = self.setup.stages, self.setup.data, self.setup.devices
+        self.model = self.member.model()
+        self.checkpoints = self.setup.checkpoints(self.member.checkpoints, self.member.seed)
+        self.observer = self.member.observer
+
     def run(self) -> Result:
         """Trains through all stages."""
         started = time.perf_counter()
         state, position = self.resume()
-        per_stage = self.epochs * len(self.order(0))
+        per_stage = self.setup.epochs * len(self.order(0))
         done = position.stage * per_stage + position.epoch * len(self.order(0)) + position.step
         self.observer.started(total_steps=per_stage * len(self.stages), done_steps=done)
         try:
@@ -111,7 +80,7 @@ class Session:
     def enter(self, number: int, model: MultiTaskModel, start: int = 0) -> TrainState:
         """The state at the beginning of a stage, on the devices."""
         stage = self.stages[number]
-        self.step, state = self.build(stage, model, start)
+        self.step, state = self.setup.build(self.member, stage, model, start)
         if stage.by_task:
             state = state._replace(selected=state.params | state.tables)
         return self.devices.replicate(state)
@@ -133,30 +102,44 @@ class Session:
         while not position.finished:
             state = self.run_epoch(state, position)
             state = self.close_epoch(state, position)
-            stopped = all(position.out_of_patience(m, self.patience) for m in self.stages[position.stage].monitors)
-            position.finished = stopped or position.epoch >= self.epochs
+            stopped = all(
+                position.out_of_patience(m, self.setup.patience) for m in self.stages[position.stage].monitors
+            )
+            position.finished = stopped or position.epoch >= self.setup.epochs
             self.save(state, position)
         return state
 
     def compile(self, state: TrainState) -> None:
+        """Finds or makes the program of the stage under way."""
         start = time.perf_counter()
-        order = self.devices.spread(np.zeros((self.steps_per_call, self.padded_size), np.int32))
-        program = compile_step(run_steps(self.step), self.devices, rows=(2,))
-        self.program = program.lower(state, self.train, order, self.devices.replicate(np.int32(0))).compile()
+        key = (self.step.program(), shapes_of(state))
+        if key not in self.setup.programs:
+            order = self.devices.spread(np.zeros((self.setup.steps_per_call, self.setup.padded_size), np.int32))
+            program = compile_step(run_steps(self.step), self.devices, rows=(2,))
+            zero = self.devices.replicate(np.int32(0))
+            self.setup.programs[key] = program.lower(state, self.setup.train, order, zero, self.numbers()).compile()
+        self.program = self.setup.programs[key]
         self.compile_seconds += time.perf_counter() - start
 
+    def numbers(self) -> Numbers:
+        """The numeric hyperparameters as arrays, on the devices."""
+        return self.devices.replicate(jax.tree.map(jnp.asarray, self.step.numbers()))
+
     def order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.data.train.num_rows, self.batch_size, seed=self.seed, epoch=epoch)
+        rows, size = self.data.train.num_rows, self.setup.batch_size
+        return epoch_order(rows, size, seed=self.member.order_seed, epoch=epoch)
 
     def run_epoch(self, state: TrainState, position: Position) -> TrainState:
         """The steps of one epoch, from wherever ``position`` stands in it."""
-        order = self.order(position.stage * self.epochs + position.epoch)
+        order = self.order(position.stage * self.setup.epochs + position.epoch)
+        steps_per_call, numbers = self.setup.steps_per_call, self.numbers()
         while position.step < len(order):
             start = time.perf_counter()
-            part = order[position.step : position.step + self.steps_per_call]
-            padding = ((0, self.steps_per_call - len(part)), (0, self.padded_size - part.shape[1]))
+            part = order[position.step : position.step + steps_per_call]
+            padding = ((0, steps_per_call - len(part)), (0, self.setup.padded_size - part.shape[1]))
             rows = self.devices.spread(np.pad(part, padding, constant_values=-1))
-            state, sums = self.program(state, self.train, rows, self.devices.replicate(np.int32(len(part))))
+            count = self.devices.replicate(np.int32(len(part)))
+            state, sums = self.program(state, self.setup.train, rows, count, numbers)
             sums, live = jax.device_get((sums, state.live))  # the only look at the device
             if not live:
                 self._raise_nonfinite(sums, state, position)
@@ -176,9 +159,9 @@ class Session:
                 weights=weights,
                 examples_per_second=int((part >= 0).sum()) / seconds,
             )
-            if position.step < len(order) and time.perf_counter() - self.saved >= self.checkpoint_seconds:
+            if position.step < len(order) and time.perf_counter() - self.saved >= self.setup.checkpoint_seconds:
                 self.save(state, position)
-            if self.should_stop():
+            if self.setup.should_stop():
                 self.save(state, position)
                 raise Interrupted(f"stopped in epoch {position.epoch + 1} after {position.step} of {len(order)} steps")
         return state
@@ -209,7 +192,7 @@ class Session:
     ) -> tuple[TrainState, bool]:
         """The state with what is best so far, and whether this evaluation, of step ``at``, is that for some monitor."""
         stage = self.stages[position.stage]
-        improved = [m for m in stage.monitors if position.judge(m, values, at, self.patience)]
+        improved = [m for m in stage.monitors if position.judge(m, values, at, self.setup.patience)]
         if improved and stage.by_task:
             chosen = {p: arrays[p] for p in state.selected if any(stage.selects(m, p) for m in improved)}
             state = state._replace(selected=state.selected | jax.tree.map(jnp.copy, chosen))
@@ -222,7 +205,7 @@ class Session:
 
     def measure(self, arrays: Params) -> tuple[dict, dict]:
         """Metrics on validation, and what they were computed from."""
-        outputs = predict(self.step.functional, arrays, self.valid, self.devices)
+        outputs = predict(self.step.functional, arrays, self.setup.valid, self.devices)
         return metrics.evaluate(self.data.schema.tasks, outputs, self.data.valid)
 
     def selected(self, state: TrainState, position: Position) -> Params:
@@ -261,21 +244,26 @@ class Session:
                 "steps": int(jax.device_get(state.step)),
             },
             params=count_parameters({path: arrays[path] for path in functional.param_paths})
-            | {"flops_per_example": flops_per_example(functional, arrays, self.valid)},
-            diagnostics={"task_weights": position.last("weight"), "skipped_steps": position.skipped, **self.facts},
-            table_updates=self.table_updates,
+            | {"flops_per_example": flops_per_example(functional, arrays, self.setup.valid)},
+            diagnostics={"task_weights": position.last("weight"), "skipped_steps": position.skipped}
+            | self.setup.facts(self.member),
+            table_updates=self.setup.choose_tables(self.model),
         )
 
     def _raise_nonfinite(self, sums: Sums, state: TrainState, position: Position) -> None:
         at = int(jax.device_get(state.step)) + 1
-        names = [n for n, bad in zip(self.data.schema.task_names, sums.nonfinite, strict=True) if bad]
-        what = f"the loss of {names}" if names else "the gradient"
         good = self.checkpoints.steps() if self.checkpoints else []
         kept = (
             f"checkpoint of step {good[-1]} in '{self.checkpoints.path}'" if good else "no checkpoint was written yet"
         )
-        raise TrainingError(
-            f"{what} is not finite in step {at} (epoch {position.epoch + 1}); expected finite numbers. Last good state: "
-            f"{kept}. Lower optimizer.learning_rate, set optimizer.clip_norm, or leave such steps out by "
-            "objective.nonfinite=skip"
-        )
+        raise nonfinite(sums, self.data.schema.task_names, position.epoch + 1, at, kept)
+
+
+def nonfinite(sums: Sums, tasks: Sequence[str], epoch: int, at: int, kept: str) -> TrainingError:
+    """The error of a run whose loss or gradient was not finite in step ``at``."""
+    names = [name for name, bad in zip(tasks, sums.nonfinite, strict=True) if bad]
+    what = f"the loss of {names}" if names else "the gradient"
+    return TrainingError(
+        f"{what} is not finite in step {at} (epoch {epoch}); expected finite numbers. Last good state: {kept}. Lower "
+        "optimizer.learning_rate, set optimizer.clip_norm, or leave such steps out by objective.nonfinite=skip"
+    )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
@@ -45,9 +46,9 @@ class TrainState(NamedTuple):
     live: Bool[Array, ""]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Functional:
-    """A model as a pure function of its arrays.
+    """A model as a pure function of its arrays. Models that differ in nothing but their arrays have equal ones.
 
     Attributes:
       graphdef: The static part.
@@ -56,7 +57,7 @@ class Functional:
     """
 
     graphdef: Any
-    paths: Mapping[str, tuple]
+    paths: Mapping[str, tuple] = dataclasses.field(compare=False)  # follow from the static part
     param_paths: tuple[str, ...]
 
     @classmethod
@@ -81,6 +82,12 @@ def count_parameters(arrays: Mapping[str, Array]) -> dict[str, int]:
         counts[label(path).split("/")[0]] += array.size
         counts["total"] += array.size
     return counts
+
+
+def shapes_of(tree: PyTree) -> tuple:
+    """Structure, shapes and types of a pytree, to find what was compiled for it."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
 def _by_path(state: nnx.State) -> dict[tuple, Array]:

@@ -53,6 +53,18 @@ class Sums(NamedTuple):
         return cls(count, vector, vector, vector, count, jnp.zeros(num_tasks, jnp.int32), count)
 
 
+class Numbers(NamedTuple):
+    """Numeric hyperparameters of a step.
+
+    Attributes:
+      balancer: The balancer, a pytree whose leaves are its numbers.
+      optimizer: See :meth:`mtl_jax.train.optimizer.Optimizer.numbers`.
+    """
+
+    balancer: Balancer
+    optimizer: dict[str, Any]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
     """A train step for one model, one objective, one balancer and one optimizer. Pure, and without a strategy's name.
@@ -168,6 +180,24 @@ class Step:
             live=jnp.array(True),
         )
         return step, state
+
+    def numbers(self) -> "Numbers":
+        """The numeric hyperparameters, which a compiled program takes as an argument."""
+        return Numbers(self.balancer, self.optimizer.numbers())
+
+    def with_numbers(self, numbers: "Numbers") -> "Step":
+        """The same step with other numbers."""
+        return dataclasses.replace(
+            self, balancer=numbers.balancer, optimizer=self.optimizer.with_numbers(numbers.optimizer)
+        )
+
+    def program(self) -> tuple:
+        """What steps have in common that share a compiled program: all but the values of :meth:`numbers`."""
+        sparse = tuple((name, features) for name, features in self.sparse.items())
+        return (
+            self.functional, self.tasks, self.objective, jax.tree.structure(self.numbers()), self.options,
+            self.optimizer.program(), sparse, self.micro_batches, self.precision, self.average, self.axis,
+        )  # fmt: skip
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Sums]:
         """One update. After a non-finite step (``nonfinite="raise"``) nothing changes any more and nothing is counted."""
@@ -286,8 +316,9 @@ class Step:
         if self.precision == "float32":
             return arrays
 
-        def narrow(path):
-            return arrays[path].dtype == jnp.float32 and not is_table(path) and not of_loss(path)
+        def narrow(path):  # nor dropout rates, which are numbers and no arrays
+            array = arrays[path]
+            return array.dtype == jnp.float32 and array.ndim > 0 and not is_table(path) and not of_loss(path)
 
         return {path: array.astype(self.precision) if narrow(path) else array for path, array in arrays.items()}
 

@@ -56,7 +56,7 @@ def test_every_node_trains_two_steps(group, name, dataset):
     run = compile_step(run_steps(step), devices, rows=(2,))
     order = devices.spread(epoch_order(100, 50, seed=0, epoch=0)[:2])
     state, data, count = devices.replicate((state, as_batch(dataset.for_training().train), np.int32(2)))
-    state, sums = run(state, data, order, count)
+    state, sums = run(state, data, order, count, step.numbers())
     assert int(sums.steps) == 2
     changed = [path for path, array in jax.device_get(state.params).items() if (array != before[path]).any()]
     assert len(changed) >= 0.75 * len(before)

@@ -95,6 +95,7 @@ def train(place, *, sharing=None, **options):
         devices.replicate(as_batch(rows())),
         devices.spread(order),
         devices.replicate(np.int32(STEPS)),
+        step.numbers(),
     )
     assert int(state.step) == STEPS, "a step was not finite"
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(initial)), "donation took the originals"

@@ -149,7 +149,7 @@ def test_result_tells_what_happened(undisturbed, data):
     assert undisturbed.timing["steps"] == 12
     counts = undisturbed.params
     assert counts["embedding"] == 20 * 3
-    assert counts["total"] == sum(array.size for array in arrays(undisturbed).values())
+    assert counts["total"] == sum(array.size for array in Functional.of(undisturbed.model)[1].values())
     assert counts["embedding"] + counts["shared"] + counts["task"] == counts["total"]
     assert undisturbed.table_updates == {"user": "sparse"}
     assert undisturbed.diagnostics["skipped_steps"] == 0
@@ -159,7 +159,8 @@ def test_seeds(train, undisturbed):
     """The same seed gives the same bits, another one another order, other dropout and other parameters."""
     assert_same_run(train(), undisturbed)
     other = train(seed=1)
-    assert all(np.any(other_array != arrays(undisturbed)[path]) for path, other_array in arrays(other).items())
+    drawn = [path for path in arrays(other) if not path.endswith("/dropout")]
+    assert all(np.any(arrays(other)[path] != arrays(undisturbed)[path]) for path in drawn)
 
 
 def test_the_model_stays_as_it_was(data, make_model, undisturbed):

@@ -1,0 +1,395 @@
+"""RunStack: the members of a chunk, trained together along a leading run axis."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from mtl_jax import metrics
+from mtl_jax.data.batching import epoch_order
+from mtl_jax.errors import ConfigError, Interrupted, TrainingError
+from mtl_jax.train.loop import run_steps
+from mtl_jax.train.predict import flops_per_example, predict_stack
+from mtl_jax.train.result import Position, Result
+from mtl_jax.train.session import nonfinite
+from mtl_jax.train.setup import Member, Setup
+from mtl_jax.train.stages import Stage
+from mtl_jax.train.state import Params, TrainState, count_parameters, shapes_of
+from mtl_jax.train.step import Numbers, Step, Sums
+
+AXIS = "run"
+
+
+@dataclasses.dataclass
+class Clock:
+    """Where the stack stands: its members move in step, and those that have ended wait.
+
+    Attributes:
+      stage: Number of the stage of training.
+      epoch: Finished epochs of the stage.
+      step: Finished steps of the epoch under way.
+      calls: Finished calls to the device, which number the checkpoints.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    calls: int = 0
+
+
+class RunStack:
+    """One chunk of members on the run axis.
+
+    A member that has ended stays in the arrays with ``live`` False: its updates are masked, nothing of a table's size is
+    copied for it. What each member selects is kept beside the state, as its evaluated arrays at its best epoch.
+
+    Args:
+      setup: What the members share.
+      members: At least one; they differ in numbers only.
+      size: Places on the run axis, at least as many as members; the others hold a copy that does not run. A multiple of
+        the devices, which share the places.
+      checkpoints: Folder for the checkpoints of stacks, each in a folder of its own; None: none.
+    """
+
+    def __init__(
+        self, setup: Setup, members: Sequence[Member], *, size: int | None = None, checkpoints: str | Path | None = None
+    ) -> None:
+        self.setup = setup
+        self.members = tuple(members)
+        self.size = setup.devices.multiple(size or len(self.members))
+        self.stages, self.data = setup.stages, setup.data
+        self.models = [member.model() for member in self.members]
+        self.shared_order = len({member.order_seed for member in self.members}) == 1
+        names = repr([(m.name, m.seed, m.order_seed) for m in self.members])
+        identity = hashlib.sha256(names.encode()).hexdigest()[:16]
+        self.checkpoints = setup.checkpoints(checkpoints and Path(checkpoints) / identity, identity)
+        self.compile_seconds = 0.0
+        self.saved = time.perf_counter()
+        self.errors: dict[int, TrainingError] = {}
+
+    def run(self) -> list[Result | TrainingError]:
+        """Trains all members through all stages; in their order, a result or what ended the member."""
+        started = time.perf_counter()
+        state, best, positions, clock = self.resume()
+        per_stage = self.setup.epochs * len(self.order(0, 0))
+        for member, position in zip(self.members, positions, strict=True):
+            done = position.stage * per_stage + position.epoch * len(self.order(0, 0)) + position.step
+            member.observer.started(total_steps=per_stage * len(self.stages), done_steps=done)
+        try:
+            state, best = self.run_stage(state, best, positions, clock)
+            while clock.stage < len(self.stages) - 1:
+                state, best = self.begin_next(state, best, positions, clock)
+                state, best = self.run_stage(state, best, positions, clock)
+        finally:
+            for member in self.members:
+                member.observer.finished()
+        seconds = (time.perf_counter() - started) / len(self.members)
+        arrays = self.evaluated(state) | best
+        values = self.measure(arrays, range(len(self.members)))
+        return [
+            self.errors.get(number) or self.result(number, arrays, values[number], state, position, seconds)
+            for number, position in enumerate(positions)
+        ]
+
+    def resume(self) -> tuple[TrainState, Params, list[Position], Clock]:
+        """The newest checkpoint of this stack, or the state at the beginning."""
+
+        def like(progress: Mapping[str, Any]) -> Any:
+            state = self.enter(progress["clock"]["stage"])
+            return {"state": state, "best": self.evaluated(state)}
+
+        found = self.checkpoints.latest(like) if self.checkpoints else None
+        if found is None:
+            state = self.enter(0)
+            return state, jax.tree.map(jnp.copy, self.evaluated(state)), [Position() for _ in self.members], Clock()
+        kept, progress = found
+        self.errors = {int(number): TrainingError(text) for number, text in progress["errors"].items()}
+        positions = [Position(**position) for position in progress["positions"]]
+        return kept["state"], kept["best"], positions, Clock(**progress["clock"])
+
+    def enter(
+        self, number: int, models: Sequence[Any] | None = None, starts: Sequence[int] | None = None
+    ) -> TrainState:
+        """The stacked state at the beginning of a stage.
+
+        Raises:
+          ConfigError: The members differ in more than numbers.
+        """
+        stage = self.stages[number]
+        models, starts = models or self.models, starts or [0] * len(self.members)
+        built = [
+            self.setup.build(member, stage, model, start)
+            for member, model, start in zip(self.members, models, starts, strict=True)
+        ]
+        steps, states = zip(*built, strict=True)
+        for place, (step, state) in enumerate(zip(steps, states, strict=True)):
+            if step.program() != steps[0].program() or shapes_of(state) != shapes_of(states[0]):
+                raise ConfigError(
+                    f"run {place} differs from run 0 in more than numbers; expected the same model, balancer "
+                    "and optimizer but for rates, weights and constants above 0, which share a program. Train them apart"
+                )
+        self.step: Step = steps[0]
+        self.numbers: Numbers = self.place(stack_trees([_as_arrays(step.numbers()) for step in steps], self.size))
+        return self.place(stack_trees(list(states), self.size))
+
+    def begin_next(
+        self, state: TrainState, best: Params, positions: list[Position], clock: Clock
+    ) -> tuple[TrainState, Params]:
+        """The next stage, each member from what it selected."""
+        chosen = self.evaluated(state) | best
+        models = [self.step.functional.merge(_of_member(chosen, number)) for number in range(len(self.members))]
+        starts = [int(step) for step in jax.device_get(state.step)[: len(self.members)]]
+        for position in positions:
+            position.next_stage()
+        clock.stage, clock.epoch, clock.step = clock.stage + 1, 0, 0
+        state = self.enter(clock.stage, models, starts)
+        for number in self.errors:
+            positions[number].finished = True
+        going = self.going(positions)
+        arrays = self.evaluated(state)
+        values = self.measure(arrays, going)
+        for number in going:
+            self.judge(positions[number], values[number][0], positions[number].start_step)
+        return state, jax.tree.map(jnp.copy, arrays)
+
+    def run_stage(
+        self, state: TrainState, best: Params, positions: list[Position], clock: Clock
+    ) -> tuple[TrainState, Params]:
+        """The epochs of a stage, until every member has ended it."""
+        if self.going(positions):
+            self.compile(state)
+        while self.going(positions):
+            state = self.run_epoch(state, best, positions, clock)
+            best = self.close_epoch(state, best, positions, clock)
+            self.save(state, best, positions, clock)
+        return state, best
+
+    def going(self, positions: Sequence[Position]) -> list[int]:
+        """Members that have not ended the stage."""
+        return [number for number, position in enumerate(positions) if not position.finished]
+
+    def compile(self, state: TrainState) -> None:
+        """Finds or makes the program of the stage under way."""
+        start = time.perf_counter()
+        key = (AXIS, self.size, self.shared_order, self.step.program(), shapes_of(state))
+        if key not in self.setup.programs:
+            run = jax.vmap(run_steps(self.step), in_axes=(0, None, None if self.shared_order else 0, None, 0))
+            if self.setup.devices.number > 1:
+                run = jax.shard_map(
+                    run,
+                    mesh=self.setup.devices.mesh,
+                    in_specs=(self.spec, PartitionSpec(), self.order_spec, PartitionSpec(), self.spec),
+                    out_specs=self.spec,
+                    check_vma=False,
+                )
+            shape = (self.setup.steps_per_call, self.setup.padded_size)
+            order = self.place_orders([np.zeros(shape, np.int32)] * len(self.members))
+            program = jax.jit(run, donate_argnums=0)
+            lowered = program.lower(state, self.setup.train, order, np.int32(0), self.numbers)
+            self.setup.programs[key] = lowered.compile()
+        self.program: Callable[..., tuple[TrainState, Sums]] = self.setup.programs[key]
+        self.compile_seconds += time.perf_counter() - start
+
+    def run_epoch(self, state: TrainState, best: Params, positions: list[Position], clock: Clock) -> TrainState:
+        """The steps of one epoch, from wherever the clock stands in it."""
+        epoch = clock.stage * self.setup.epochs + clock.epoch
+        orders = [self.order(number, epoch) for number in range(1 if self.shared_order else len(self.members))]
+        steps_per_call = self.setup.steps_per_call
+        while clock.step < len(orders[0]) and self.going(positions):
+            start = time.perf_counter()
+            going = self.going(positions)
+            parts = [order[clock.step : clock.step + steps_per_call] for order in orders]
+            count, examples = len(parts[0]), int((parts[0] >= 0).sum())
+            padding = ((0, steps_per_call - count), (0, self.setup.padded_size - parts[0].shape[1]))
+            rows = self.place_orders([np.pad(part, padding, constant_values=-1) for part in parts])
+            state = self.freeze(state, going)
+            state, sums = self.program(state, self.setup.train, rows, np.int32(count), self.numbers)
+            sums, live, at = jax.device_get((sums, state.live, state.step))  # the only look at the device
+            seconds = time.perf_counter() - start
+            clock.step, clock.calls = clock.step + count, clock.calls + 1
+            for number in going:
+                own = Sums(*(leaf[number] for leaf in sums))
+                if live[number]:
+                    self.advance(number, positions[number], own, count, examples, seconds / len(going))
+                else:
+                    self.fail(number, positions[number], own, int(at[number]) + 1)
+            if clock.step < len(orders[0]) and time.perf_counter() - self.saved >= self.setup.checkpoint_seconds:
+                self.save(state, best, positions, clock)
+            if self.setup.should_stop():
+                self.save(state, best, positions, clock)
+                raise Interrupted(
+                    f"stopped in epoch {clock.epoch + 1} after {clock.step} of {len(orders[0])} steps of "
+                    f"{len(self.members)} runs"
+                )
+        return state
+
+    def fail(self, number: int, position: Position, sums: Sums, at: int) -> None:
+        """Ends a member whose loss or gradient was not finite; the others go on."""
+        kept = "none of its own, it ran together with others"
+        self.errors[number] = nonfinite(sums, self.data.schema.task_names, position.epoch + 1, at, kept)
+        position.finished = True
+
+    def advance(self, number: int, position: Position, sums: Sums, count: int, examples: int, seconds: float) -> None:
+        """Books one call for one member."""
+        position.step += count
+        position.train_seconds += seconds
+        position.examples += examples
+        position.add(sums)
+        losses, weights = (
+            dict(zip(self.data.schema.task_names, values, strict=True))
+            for values in (position.mean_losses(), position.mean_weights())
+        )
+        self.members[number].observer.advanced(
+            steps=count,
+            epoch=position.epoch + 1,
+            losses=losses,
+            weights=weights,
+            examples_per_second=examples / seconds,
+        )
+
+    def close_epoch(self, state: TrainState, best: Params, positions: list[Position], clock: Clock) -> Params:
+        """Evaluates the members that run, writes their histories, and keeps what is best for each."""
+        going, stage = self.going(positions), self.stages[clock.stage]
+        clock.epoch, clock.step = clock.epoch + 1, 0
+        if not going:
+            return best
+        arrays = self.evaluated(state)
+        values = {number: measured[0] for number, measured in self.measure(arrays, going).items()}
+        steps = jax.device_get(state.step)
+        monitor = self.stages[0].monitors[0]
+        improved: dict[int, list] = {}
+        for number in going:
+            position, at = positions[number], int(steps[number])
+            position.close_epoch(at, self.data.schema.task_names, values[number], monitor, weighted=not stage.by_task)
+            improved[number] = self.judge(position, values[number], at)
+            stopped = all(position.out_of_patience(m, self.setup.patience) for m in stage.monitors)
+            position.finished = stopped or position.epoch >= self.setup.epochs
+            self.members[number].observer.evaluated(
+                epoch=position.epoch,
+                values={
+                    f"{task.name} {task.metric}": values[number][task.name][task.metric]
+                    for task in self.data.schema.tasks
+                },
+                monitor=monitor.value(values[number]),
+                best=bool(improved[number]),
+                history=position.history,
+            )
+        return self.keep(best, arrays, stage, improved)
+
+    def judge(self, position: Position, values: Mapping[str, Any], at: int) -> list:
+        """The monitors for which this evaluation is the member's best so far."""
+        stage = self.stages[position.stage]
+        return [m for m in stage.monitors if position.judge(m, values, at, self.setup.patience)]
+
+    def keep(self, best: Params, arrays: Params, stage: Stage, improved: Mapping[int, list]) -> Params:
+        """What is best so far, once an epoch: the new arrays of members that improved, the old ones of the others."""
+        kept = {}
+        for path, array in arrays.items():
+            new = [
+                bool(monitors) and (not stage.by_task or any(stage.selects(m, path) for m in monitors))
+                for monitors in (improved.get(number, []) for number in range(self.size))
+            ]
+            mask = np.reshape(new, (self.size,) + (1,) * (array.ndim - 1))
+            kept[path] = jnp.where(mask, array, best[path]) if any(new) else best[path]
+        return kept
+
+    def freeze(self, state: TrainState, going: Sequence[int]) -> TrainState:
+        live = np.zeros(self.size, bool)
+        live[list(going)] = True
+        return state._replace(live=self.place(live))
+
+    def evaluated(self, state: TrainState) -> Params:
+        """Path -> stacked array as it is evaluated."""
+        return jax.vmap(self.step.evaluated)(state)
+
+    def measure(self, arrays: Params, numbers: Sequence[int]) -> dict[int, tuple[dict, dict]]:
+        """Metrics on validation and what they were computed from, by member."""
+        outputs = predict_stack(self.step.functional, arrays, self.setup.valid)
+        tasks, valid = self.data.schema.tasks, self.data.valid
+        return {
+            number: metrics.evaluate(tasks, {task: stacked[number] for task, stacked in outputs.items()}, valid)
+            for number in numbers
+        }
+
+    def order(self, number: int, epoch: int) -> np.ndarray:
+        rows, size = self.data.train.num_rows, self.setup.batch_size
+        return epoch_order(rows, size, seed=self.members[number].order_seed, epoch=epoch)
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """Of what has a run axis."""
+        return PartitionSpec(self.setup.devices.mesh.axis_names[0])
+
+    @property
+    def order_spec(self) -> PartitionSpec:
+        return PartitionSpec() if self.shared_order else self.spec
+
+    def place(self, tree: PyTree) -> PyTree:
+        """The stacked arrays, spread over the devices by member."""
+        sharding = NamedSharding(self.setup.devices.mesh, self.spec)
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, sharding), tree)
+
+    def place_orders(self, orders: Sequence[np.ndarray]) -> Array:
+        """Row numbers int32[run, steps, batch]; int32[steps, batch] where all members see the same batches."""
+        if self.shared_order:
+            return jax.device_put(orders[0], NamedSharding(self.setup.devices.mesh, PartitionSpec()))
+        return self.place(stack_trees(list(orders), self.size))
+
+    def save(self, state: TrainState, best: Params, positions: Sequence[Position], clock: Clock) -> None:
+        if self.checkpoints:
+            progress = {
+                "clock": dataclasses.asdict(clock),
+                "positions": [dataclasses.asdict(position) for position in positions],
+                "errors": {str(number): str(error) for number, error in self.errors.items()},
+            }
+            self.checkpoints.save(clock.calls, {"state": state, "best": best}, progress, best=None)
+            for member in self.members:
+                member.observer.saved(step=clock.calls)
+        self.saved = time.perf_counter()
+
+    def result(
+        self, number: int, stacked: Params, measured: Any, state: TrainState, position: Position, seconds: float
+    ) -> Result:
+        """As of the same run alone; its seconds are its share of the stack's."""
+        functional, arrays = self.step.functional, jax.device_put(_of_member(stacked, number), jax.devices()[0])
+        values, support = measured
+        return Result(
+            model=functional.merge(arrays),
+            metrics={"valid": values},
+            support={"valid": support},
+            history=position.history,
+            monitor=position.selection(self.stages[0].monitors[0], values),
+            timing={
+                "examples_per_second": position.examples / max(position.train_seconds, 1e-9),
+                "compile_seconds": self.compile_seconds / len(self.members),
+                "wall_seconds": seconds,
+                "steps": int(jax.device_get(state.step)[number]),
+            },
+            params=count_parameters({path: arrays[path] for path in functional.param_paths})
+            | {"flops_per_example": flops_per_example(functional, arrays, self.setup.valid)},
+            diagnostics={"task_weights": position.last("weight"), "skipped_steps": position.skipped}
+            | self.setup.facts(self.members[number]),
+            table_updates=self.setup.choose_tables(self.models[number]),
+        )
+
+
+def stack_trees(trees: list[PyTree], size: int) -> PyTree:
+    """The leaves of the trees along a leading axis of this length; the last tree fills up."""
+    trees = trees + [trees[-1]] * (size - len(trees))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _as_arrays(numbers: Numbers) -> Numbers:
+    return jax.tree.map(jnp.asarray, numbers)
+
+
+def _of_member(arrays: Params, number: int) -> Params:
+    return {path: array[number] for path, array in arrays.items()}

@@ -1,0 +1,213 @@
+"""Setup: what runs on the same data and with the same options have in common. Member: what is one run's own."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from mtl_jax import metrics
+from mtl_jax.balancing import Balancer, equal
+from mtl_jax.data.batching import as_batch
+from mtl_jax.data.dataset import Dataset, TrainingData
+from mtl_jax.data.schema import Schema
+from mtl_jax.errors import ConfigError
+from mtl_jax.model import MultiTaskModel
+from mtl_jax.train import tables
+from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.gradients import BalancingOptions
+from mtl_jax.train.monitor import check_monitor
+from mtl_jax.train.objective import Objective
+from mtl_jax.train.optimizer import Optimizer, as_optimizer
+from mtl_jax.train.parallel import Devices
+from mtl_jax.train.progress import Observer, Quiet
+from mtl_jax.train.stages import Stage, stages_of
+from mtl_jax.train.state import TrainState
+from mtl_jax.train.step import Step
+
+
+@dataclasses.dataclass
+class Member:
+    """One run among several that share a :class:`Setup`.
+
+    Attributes:
+      model: Makes the model with its initial values; called when the run begins.
+      seed: Of data order, dropout and draws.
+      balancer: How tasks are weighed; ``equal()`` by default.
+      optimizer: As for :func:`mtl_jax.train.fit`.
+      order_seed: Of the data order alone; None: ``seed``. With one for all members, all see the same batches.
+      name: Of the run; tells it from others with its seed.
+      checkpoints: Folder for checkpoints of this run; runs that are trained together have a common one instead.
+      observer: Is told about its progress.
+    """
+
+    model: Callable[[], MultiTaskModel]
+    seed: int = 0
+    balancer: Balancer | None = None
+    optimizer: Optimizer | optax.GradientTransformation | None = None
+    order_seed: int | None = None
+    name: str = ""
+    checkpoints: str | Path | None = None
+    observer: Observer | None = None
+
+    def __post_init__(self):
+        self.balancer = equal() if self.balancer is None else self.balancer
+        self.optimizer = as_optimizer(Optimizer() if self.optimizer is None else self.optimizer)
+        self.order_seed = self.seed if self.order_seed is None else self.order_seed
+        self.observer = self.observer or Quiet()
+
+
+@dataclasses.dataclass
+class Setup:
+    """Data on the devices, options, and the programs that were compiled so far.
+
+    Attributes:
+      data: Training and validation parts.
+      train: The training part on the devices.
+      valid: The validation part on the devices.
+      stages: Of training, in their order.
+      objective: Reduction of the losses.
+      options: Scope and head gradient of the balancers.
+      epochs: Most epochs of a stage.
+      batch_size: Rows of a step.
+      padded_size: Rows of a step with its padding, which the devices and micro-batches divide.
+      patience: Evaluations without a better monitor before a stage ends; 0: never.
+      steps_per_call: Steps between two looks at the device.
+      micro_batches: Parts of a step.
+      precision: Of the network's arithmetic.
+      average: Decay of the moving average; None: none.
+      devices: Where.
+      checkpoint_seconds: Longest time between two checkpoints inside an epoch.
+      table_updates: ``auto``, ``dense``, ``sparse``, or a choice by vocabulary.
+      should_stop: Is asked after every call to the device.
+      programs: Compiled programs by what they were compiled for.
+    """
+
+    data: TrainingData
+    train: Mapping[str, Any]
+    valid: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    objective: Objective
+    options: BalancingOptions
+    epochs: int
+    batch_size: int
+    padded_size: int
+    patience: int
+    steps_per_call: int
+    micro_batches: int
+    precision: str
+    average: float | None
+    devices: Devices
+    checkpoint_seconds: float
+    table_updates: str | Mapping[str, str]
+    should_stop: Callable[[], bool]
+    programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset | TrainingData,
+        *,
+        epochs: int = 10,
+        batch_size: int = 4096,
+        patience: int = 2,
+        monitor: str = "mean_gain",
+        objective: Objective = Objective(),
+        options: BalancingOptions = BalancingOptions(),
+        table_updates: str | Mapping[str, str] = "auto",
+        steps_per_call: int = 32,
+        training: str = "joint",
+        micro_batches: int = 1,
+        precision: str = "float32",
+        average: float | None = None,
+        parallel: str = "jit",
+        devices: int | None = None,
+        checkpoint_seconds: float = 60.0,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> "Setup":
+        """Checks the options and puts the data on the devices. All arguments are those of :func:`mtl_jax.train.fit`."""
+        data = dataset.for_training() if isinstance(dataset, Dataset) else dataset
+        _check_numbers(epochs=(epochs, 1), batch_size=(batch_size, 1), patience=(patience, 0),
+                       steps_per_call=(steps_per_call, 1), checkpoint_seconds=(checkpoint_seconds, 0),
+                       micro_batches=(micro_batches, 1))  # fmt: skip
+        check_monitor(monitor, data.schema.tasks)
+        where = Devices(parallel, devices)
+        batch_size = min(batch_size, data.train.num_rows)
+        if micro_batches > batch_size:
+            raise ConfigError(
+                f"trainer.micro_batches is {micro_batches} for batches of {batch_size} rows; expected at most one a row. "
+                "Lower it"
+            )
+        trivial = metrics.baselines.evaluate_baselines(data, data.valid, names=("global_mean",))["global_mean"]
+        parts = where.number * micro_batches
+        return cls(
+            data=data,
+            train=where.replicate(as_batch(data.train)),
+            valid=where.replicate(as_batch(data.valid)),
+            stages=stages_of(training, monitor, data.schema.tasks, trivial),
+            objective=objective,
+            options=options,
+            epochs=epochs,
+            batch_size=batch_size,
+            padded_size=math.ceil(batch_size / parts) * parts,
+            patience=patience,
+            steps_per_call=min(steps_per_call, math.ceil(data.train.num_rows / batch_size)),
+            micro_batches=micro_batches,
+            precision=precision,
+            average=average,
+            devices=where,
+            checkpoint_seconds=checkpoint_seconds,
+            table_updates=table_updates,
+            should_stop=should_stop,
+        )
+
+    def build(self, member: Member, stage: Stage, model: MultiTaskModel, start: int = 0) -> tuple[Step, TrainState]:
+        """The step of a stage, and the state before it, from the values of ``model`` after ``start`` steps."""
+        return Step.of(
+            model,
+            self.data.schema.tasks,
+            key=jax.random.key(member.seed),
+            objective=self.objective,
+            balancer=equal() if stage.by_task else member.balancer,
+            options=BalancingOptions() if stage.by_task else self.options,
+            optimizer=member.optimizer,
+            table_updates=self.choose_tables(model),
+            micro_batches=self.micro_batches,
+            precision=self.precision,
+            average=self.average,
+            axis=self.devices.axis,
+            trainable=stage.trainable,
+            start=start,
+        )
+
+    def choose_tables(self, model: MultiTaskModel) -> dict[str, str]:
+        """Vocabulary -> how its tables are updated, by its size and by the ids that one batch looks up in it."""
+        return _table_updates(model, self.data.schema, self.batch_size, self.table_updates)
+
+    def checkpoints(self, path: str | Path | None, seed: Any) -> Checkpoints | None:
+        """The checkpoints in a folder, which tell other data and seeds from these."""
+        return None if path is None else Checkpoints(path, identity={"data": self.data.identity, "seed": str(seed)})
+
+    def facts(self, member: Member) -> dict[str, Any]:
+        """For the diagnostics of a result."""
+        weighted = self.options.weighted_heads(member.balancer)
+        return {"scope": self.options.scope, "head_gradient": "weighted" if weighted else "plain"}
+
+
+def _table_updates(
+    model: MultiTaskModel, schema: Schema, batch_size: int, override: str | Mapping[str, str]
+) -> dict[str, str]:
+    lookups: dict[str, int] = {}
+    for feature in model.features:
+        length = getattr(feature, "max_len", 1)
+        lookups[feature.vocabulary] = lookups.get(feature.vocabulary, 0) + batch_size * length
+    return tables.choose({name: schema.vocabulary(name).size for name in lookups}, lookups, override)
+
+
+def _check_numbers(**bounds: tuple[float, float]) -> None:
+    for name, (value, least) in bounds.items():
+        if not value >= least:
+            raise ConfigError(f"trainer.{name} is {value}; expected a number >= {least}. Change it")

@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,7 +31,7 @@ def command_line(main: Callable[[], None], config_name: str) -> None:
             config = _compose(config_name, arguments)
             _check_folder(config, arguments)
         except MISTAKES as error:
-            _stop(_explain(error, config_name, arguments), USAGE)
+            stop(_explain(error, config_name, arguments), USAGE)
     main()
 
 
@@ -45,15 +47,15 @@ def in_plain_words(job: Callable[[DictConfig, StopRequest], None]) -> Callable[[
             try:
                 job(config, stop)
             except Interrupted as reason:
-                _stop(f"{reason}; the same command goes on from there", stop.status)
+                stop(f"{reason}; the same command goes on from there", stop.status)
             except KeyboardInterrupt:
-                _stop("interrupted; the same command goes on from the last checkpoint", stop.status)
+                stop("interrupted; the same command goes on from the last checkpoint", stop.status)
             except MtlJaxError as error:
-                _stop(f"{type(error).__name__}: {error}", FAILURE)
+                stop(f"{type(error).__name__}: {error}", FAILURE)
             except OSError as error:
                 if error.errno not in FULL_DISK:
                     raise
-                _stop(
+                stop(
                     f"no space left ({error}); expected room for a few MB. Free space and run the same command", FAILURE
                 )
 
@@ -62,7 +64,7 @@ def in_plain_words(job: Callable[[DictConfig, StopRequest], None]) -> Callable[[
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        config = hydra.compose(config_name, overrides=[o for o in overrides if _composes(o)])
+        config = hydra.compose(config_name, overrides=[_single(o) for o in overrides if _composes(o)])
     OmegaConf.resolve(config)
     return config
 
@@ -70,6 +72,14 @@ def _compose(config_name: str, overrides: list[str]) -> DictConfig:
 def _composes(override: str) -> bool:
     """Whether the override shapes the configuration and not the launch."""
     return not override.lstrip("+~").startswith("hydra.") or override.startswith("hydra.searchpath=")
+
+
+def _single(override: str) -> str:
+    """The override itself, with the first value of a comma list."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    return f"{parsed.get_key_element()}={next(parsed.sweep_string_iterator())}"
 
 
 def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
@@ -104,7 +114,7 @@ def _check_folder(config: DictConfig, overrides: list[str]) -> None:
     folder = Path(given[-1]).absolute()
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        _stop(
+        stop(
             f"ConfigError: '{folder}' cannot be made in '{there}'; expected a folder to write to. Choose another one",
             USAGE,
         )
@@ -120,6 +130,7 @@ def _valid_keys(config_name: str, path: str) -> list[str]:
     return sorted(str(key) for key in node)
 
 
-def _stop(message: str, status: int) -> None:
+def stop(message: str, status: int) -> NoReturn:
+    """Ends the process with a message."""
     print(message, file=sys.stderr)
     sys.exit(status)

@@ -1,13 +1,10 @@
 """Cross-validation: k ordinary runs inside train and valid, and what they say together. The test part stays closed."""
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy.stats
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,11 +12,13 @@ from rich.text import Text
 
 from mtl_jax.config import build, plain
 from mtl_jax.errors import ConfigError, Interrupted
+from mtl_jax.report import statistics
 from mtl_jax.report.folder import RunFolder, config_hash, run_id
-from mtl_jax.run import PLAIN_WIDTH, check_config, run
+from mtl_jax.report.statistics import LEVEL
+from mtl_jax.run import PLAIN_WIDTH, run
+from mtl_jax.run_config import check_config
 
 RESULT = "cross_validation.json"
-LEVEL = 0.95
 SEALED = "cross-validation: every fold is cut out of train and valid, and the test part is kept for the final choice"
 NOTE = (
     "each fold chose its checkpoint on the rows that it reports, and folds share training rows: the interval is too "
@@ -138,14 +137,9 @@ def over_folds(values: Sequence[float | None]) -> dict[str, Any]:
       Folds are not independent, and no unbiased estimate of the variance exists: Bengio and Grandvalet, *No Unbiased
       Estimator of the Variance of K-Fold Cross-Validation*, JMLR 5, 2004.
     """
-    known = np.array([value for value in values if value is not None], np.float64)
-    n = len(known)
-    mean = float(known.mean()) if n else None
-    if n < 2:
-        return {"mean": mean, "std": None, "interval": None, "n": n}
-    std = float(known.std(ddof=1))
-    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, n - 1)) * std / math.sqrt(n)
-    return {"mean": mean, "std": std, "interval": [mean - half, mean + half], "n": n}
+    found = statistics.summary(dict(enumerate(values)))
+    interval = None if found.interval is None else list(found.interval)
+    return {"mean": found.mean, "std": found.std, "interval": interval, "n": found.n}
 
 
 def print_summary(summary: Mapping[str, Any], console: Console, *, folder: Path) -> None:

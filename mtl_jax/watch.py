@@ -1,5 +1,6 @@
 """What is kept and shown of a configured run while it trains: the observers that ``trainer.*`` asks for."""
 
+import contextlib
 import datetime
 import json
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mtl_jax.arguments import shown
-from mtl_jax.errors import ConfigError
+from mtl_jax.errors import ConfigError, RunFolderError
 from mtl_jax.report.folder import RunFolder, plain
 from mtl_jax.train.device_use import DeviceUse
 from mtl_jax.train.profiler import Profiler
@@ -48,6 +49,39 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name} is {shown(value)}; expected {expected}. Change it")
     if options["tensorboard"]:
         check_installed()
+
+
+class ProgressFile(Observer):
+    """Where a run stands, in ``progress.json``, for whoever watches many runs from outside.
+
+    Args:
+      home: The run folder.
+      seconds: Shortest time between two writes.
+    """
+
+    def __init__(self, home: RunFolder, *, seconds: float = 1.0):
+        self.home, self.seconds, self.written = home, seconds, 0.0
+        self.facts: dict[str, Any] = {}
+
+    def started(self, *, total_steps: int, done_steps: int) -> None:
+        self.facts = {"steps": done_steps, "total": total_steps, "epoch": 1, "monitor": None}
+        self._write()
+
+    def advanced(self, *, steps: int, epoch: int, examples_per_second: float, **_: Any) -> None:
+        steps += self.facts["steps"]
+        self.facts |= {"steps": steps, "epoch": epoch, "examples_per_second": examples_per_second}
+        if time.monotonic() - self.written >= self.seconds:
+            self._write()
+
+    def evaluated(self, *, epoch: int, monitor: float | None, best: bool, **_: Any) -> None:
+        if best:
+            self.facts["monitor"] = monitor
+        self._write()
+
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        with contextlib.suppress(RunFolderError):  # what is only looked at must not end a run
+            self.home.write_json("progress.json", self.facts)
 
 
 class RunLog(Observer):

@@ -16,10 +16,11 @@ from typing import Any
 from mtl_jax.arguments import check_arguments
 from mtl_jax.data import synthetic
 from mtl_jax.data.dataset import PARTS, Dataset, Encoded, TrainingData
-from mtl_jax.data.datasets import complete_journey, movielens_1m, table
+from mtl_jax.data.datasets import complete_journey, movielens_1m, movielens_100k, table
 from mtl_jax.data.datasets.public import check_known
 from mtl_jax.data.encode import fit_schema
 from mtl_jax.data.folds import Folds
+from mtl_jax.data.reduction import Reduction
 from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema, Vocabulary
 from mtl_jax.data.schema import Sequence as SequenceFeature
 from mtl_jax.errors import SchemaError
@@ -42,6 +43,7 @@ __all__ = [
 DATASETS = {
     "complete_journey": complete_journey.load,
     "movielens_1m": movielens_1m.load,
+    "movielens_100k": movielens_100k.load,
     "synthetic": synthetic.load,
     "table": table.load,
 }
@@ -59,12 +61,14 @@ def load(
     split_folds: int | None = None,
     split_fold: int | None = None,
     split_group: str | None = None,
+    target_fraction: float = 1.0,
+    valid_fraction: str | None = None,
     **parameters: Any,
 ) -> Dataset:
     """A data set by name: built, split, fitted on its training part and validated.
 
     Args:
-      name: ``complete_journey``, ``movielens_1m``, ``synthetic`` or ``table`` (a file of your own).
+      name: ``complete_journey``, ``movielens_1m``, ``movielens_100k``, ``synthetic`` or ``table`` (a file of your own).
       recipe: How rows are made of the source; the first of the data set by default.
       split: How rows become train, valid and test; the first of the data set by default.
       tasks: Some of the recipe's tasks, in this order; its default ones if None. ``implies`` is dropped where the
@@ -75,11 +79,14 @@ def load(
       split_folds: k, to cut train and valid into k folds for cross-validation; test stays what the split made it.
       split_fold: The fold that is valid, from 0 to k - 1; the others are train.
       split_group: Column whose rows no fold may cut; a split by time needs one.
+      target_fraction: Share of the training rows that is kept, in (0, 1]: the first in hash order, so that a smaller
+        share is part of every larger one. Vocabularies and moments come from what is kept; test stays.
+      valid_fraction: None for the same share of valid, at least 1,000 rows; ``full`` for all of it.
       **parameters: Of the recipe, or of the loader of ``synthetic`` and ``table``.
 
     Returns:
-      The data set. ``info`` says ``split``, ``split_seed``, ``split_sha256``, ``parameters``, ``source``, ``version``,
-      ``files`` (name -> sha256) and ``warnings``.
+      The data set. ``info`` says ``split``, ``split_seed``, ``split_sha256``, ``target_fraction``, ``parameters``,
+      ``source``, ``version``, ``files`` (name -> sha256) and ``warnings``.
 
     Raises:
       SchemaError: Unknown name, recipe, split, task or parameter; the text lists the valid ones.
@@ -91,7 +98,9 @@ def load(
     loader = DATASETS[name]
     known = inspect.signature(loader).parameters
     folds = Folds.of(split_folds, split_fold, split_group)
-    options = {"recipe": recipe, "split": split, "tasks": tasks, "cache_dir": cache_dir, "split_folds": folds}
+    reduction = Reduction.of(target_fraction, valid_fraction)
+    options = {"recipe": recipe, "split": split, "tasks": tasks, "cache_dir": cache_dir}
+    options |= {"split_folds": folds, "reduction": reduction}
     options = {key: value for key, value in options.items() if value is not None}
     options |= {"download": download, "split_seed": split_seed, **parameters}
     for parameter in parameters:

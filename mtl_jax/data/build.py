@@ -40,7 +40,8 @@ def build(
         splits=parts,
         info=dict(raw.info)
         | {"split": split_name or chosen, "split_seed": seed, "split_options": _plain(split_options)}
-        | {"split_sha256": _parts_sha256(parts)},
+        | {"split_sha256": _parts_sha256(parts)}
+        | {"target_fraction": split_options["reduction"].fraction if "reduction" in split_options else 1.0},
     )
     report = inspect(dataset)
     schema = fit_schema(dataset.schema, dataset.part("train"))

@@ -123,7 +123,8 @@ class Dataset:
           info: Further plain facts to keep.
 
         Returns:
-          The data set. ``info`` has ``split``, ``split_seed``, ``split_sha256``, ``warnings`` and ``leakage``.
+          The data set. ``info`` has ``split``, ``split_seed``, ``split_sha256``, ``target_fraction``, ``warnings`` and
+          ``leakage``.
 
         Raises:
           SchemaError, LabelError, LeakageError: see :mod:`mtl_jax.data.validate`.

@@ -26,6 +26,7 @@ from mtl_jax.data.dataset import PARTS
 from mtl_jax.data.folds import Folds, refold, unit_of
 from mtl_jax.data.hash_order import FRACTIONS, cut, hash_order, hash_ranking, key_hash
 from mtl_jax.data.hash_order import cuts as cuts_of
+from mtl_jax.data.reduction import Reduction, reduce
 from mtl_jax.errors import SchemaError
 
 __all__ = [
@@ -71,6 +72,7 @@ def split(
     parts: Any = None,
     group: str | None = None,
     folds: Folds | None = None,
+    reduction: Reduction | None = None,
 ) -> Parts:
     """The split of that name.
 
@@ -90,6 +92,7 @@ def split(
       group: Column of the unit that no fold may cut, if the table has one.
       folds: Train and valid are cut again for cross-validation, by ``folds.group``, ``group``, the unit of the split, or
         rows; test stays.
+      reduction: What is then kept of train and valid.
 
     Returns:
       Part -> int64 row numbers, sorted and disjoint.
@@ -98,12 +101,14 @@ def split(
       SchemaError: Unknown name, missing column, or a parameter that the split needs and did not get; folds of a split
         by time without a group.
     """
+    options = {"user": user, "time": time, "domain": domain, "fractions": fractions, "seed": seed, "column": column}
+    options |= {"cuts": cuts, "windows": windows, "ties": ties, "k": k, "held": held, "by": by, "parts": parts}
+    if reduction is not None:
+        return reduce(split(frame, name, group=group, folds=folds, **options), reduction, seed=seed)
     if folds is not None:
         entity = {"cold_user": column or user, "given": column, "domain_holdout": user if by == "cold_user" else None}
         unit = unit_of(name, folds, entity=entity.get(name), group=group)
-        options = {"user": user, "time": time, "domain": domain, "fractions": fractions, "seed": seed}
-        options |= {"column": column, "cuts": cuts, "windows": windows, "ties": ties, "k": k, "held": held, "by": by}
-        return refold(frame, split(frame, name, parts=parts, **options), folds, unit=unit, seed=seed)
+        return refold(frame, split(frame, name, **options), folds, unit=unit, seed=seed)
     if name == "rows":
         return rows(frame, fractions=fractions, seed=seed)
     if name == "time":

@@ -11,6 +11,7 @@ import polars as pl
 from mtl_jax.arguments import check_count, check_number
 from mtl_jax.data.dataset import Dataset
 from mtl_jax.data.folds import Folds, fold_options
+from mtl_jax.data.reduction import Reduction, reduction_options
 from mtl_jax.data.schema import Categorical, Numeric, Schema, Vocabulary
 from mtl_jax.errors import ConfigError
 from mtl_jax.tasks import Task
@@ -225,6 +226,7 @@ def load(
     split: str = "rows",
     split_seed: int = 0,
     split_folds: Folds | None = None,
+    reduction: Reduction | None = None,
     tasks: Sequence[str] | None = None,
     cache_dir: str | Path | None = None,
     download: bool = False,
@@ -238,6 +240,7 @@ def load(
       split: ``rows``, in shares of 10 / 1 / 1.
       split_seed: Of the split.
       split_folds: Cross-validation inside train and valid.
+      reduction: What is kept of train and valid.
       tasks: Those to keep; all when None.
       cache_dir: Without effect, like ``download``: there is nothing to fetch.
       download: See ``cache_dir``.
@@ -278,7 +281,7 @@ def load(
         recipe=recipe,
         seed=split_seed,
         fractions=(10 / 12, 1 / 12, 1 / 12),
-        split_options=fold_options(split_folds),
+        split_options=fold_options(split_folds) | reduction_options(reduction),
         licence="made on the spot",
         identity=parameters,
         info=info,

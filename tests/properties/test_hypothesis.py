@@ -29,7 +29,8 @@ from mtl_jax.data.datasets import table
 from mtl_jax.data.schema import NUMERIC_TRANSFORMS
 from mtl_jax.data.splits import SPLITS
 from mtl_jax.errors import MtlJaxError
-from mtl_jax.run import build_model, build_parts, check_config, run
+from mtl_jax.run import run
+from mtl_jax.run_config import build_model, build_parts, check_config
 from mtl_jax.tasks import KINDS, Task
 
 FAST = {"files": 80, "schemas": 150, "configurations": 200, "runs": 12}

@@ -18,6 +18,7 @@ from mtl_jax.data.datasets.complete_journey_lines import category_domains, categ
 from mtl_jax.data.datasets.complete_journey_repurchase import LAST_WEEKS, block, repurchase_schema
 from mtl_jax.data.datasets.public import check_known, make, read_tables, select_tasks
 from mtl_jax.data.folds import Folds, fold_options
+from mtl_jax.data.reduction import Reduction, reduction_options
 
 SOURCE = "completejourney"
 TABLES = ("transactions", "products", "demographics")
@@ -34,6 +35,7 @@ def load(
     download: bool = False,
     split_seed: int = 0,
     split_folds: Folds | None = None,
+    reduction: Reduction | None = None,
     merchandise_only: bool = True,
 ) -> Dataset:
     """The fetched tables as a data set.
@@ -44,8 +46,9 @@ def load(
       tasks: Some of ``buy``, ``promo``, ``private``, ``coupon`` and ``spend``; all when None.
       cache_dir: Folder of the fetched tables; ``~/.cache/mtl_jax`` by default.
       download: Whether they are fetched if they are not there.
-      split_seed: Of the folds; nothing else is drawn.
+      split_seed: Of the folds and of what is kept; nothing else is drawn.
       split_folds: Cross-validation inside the blocks of train and valid; it needs a group, such as ``household``.
+      reduction: What is kept of train and valid.
       merchandise_only: Whether coupons, fuel and miscellaneous lines are left out.
 
     Returns:
@@ -71,7 +74,7 @@ def load(
         key=("household", "category", "week"),
         split=split,
         split_seed=split_seed,
-        split_options={"windows": LAST_WEEKS} | fold_options(split_folds),
+        split_options={"windows": LAST_WEEKS} | fold_options(split_folds) | reduction_options(reduction),
     )
 
 

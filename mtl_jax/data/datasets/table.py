@@ -16,6 +16,7 @@ from mtl_jax.data import splits
 from mtl_jax.data.dataset import Dataset
 from mtl_jax.data.datasets import inference
 from mtl_jax.data.folds import Folds, fold_options
+from mtl_jax.data.reduction import Reduction, reduction_options
 from mtl_jax.data.schema import Schema
 from mtl_jax.errors import ConfigError, MissingFile, SchemaError
 from mtl_jax.tasks import Task
@@ -45,6 +46,7 @@ def load(
     split_fractions: Sequence[float] = splits.FRACTIONS,
     split_options: Mapping[str, Any] | None = None,
     split_folds: Folds | None = None,
+    reduction: Reduction | None = None,
     schema: str | Path | None = None,
     exclude: Sequence[str] | Mapping[str, str] = (),
     allow_leak: Mapping[str, str] | None = None,
@@ -77,6 +79,7 @@ def load(
       split_fractions: Shares of train, valid and test.
       split_options: Further parameters of the split, such as ``cuts``.
       split_folds: Cross-validation inside train and valid.
+      reduction: What is kept of train and valid.
       schema: A .yaml or .json file with a whole schema, as logged; no column is inferred then, and only ``tasks`` and
         the split arguments are read.
       exclude: Columns that must not be features, or column -> reason.
@@ -106,7 +109,7 @@ def load(
     else:
         _check_named(frame, path, roles, listed, exclude)
     split = split or ("time" if time else "cold_user" if user else "rows")
-    options = dict(split_options or {}) | fold_options(split_folds)
+    options = dict(split_options or {}) | fold_options(split_folds) | reduction_options(reduction)
     splits.check_options(options)
     keys = {"user": user, "time": time, "domain": domain, "group": group}
     parts = splits.split(frame, split, **keys, fractions=split_fractions, seed=split_seed, **options)

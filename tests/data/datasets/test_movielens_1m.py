@@ -7,6 +7,7 @@ from scipy.stats import rankdata
 
 from mtl_jax.data import load, tables
 from mtl_jax.data.datasets import movielens_1m as ml
+from mtl_jax.data.datasets.movielens import GENRES_LENGTH, TABLES
 from mtl_jax.errors import SchemaError
 
 INTER = pl.DataFrame(
@@ -106,7 +107,7 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def frame():
-    return ml.ratings(*(tables.read(ml.SOURCE, name) for name in ml.TABLES))
+    return ml.ratings(*(tables.read(ml.SOURCE, name) for name in TABLES))
 
 
 @pytest.fixture(scope="module", params=SPLITS)
@@ -127,7 +128,7 @@ def test_counts(frame):
     )
     assert frame["user"].value_counts()["count"].min() == 20
     assert frame.select("user", "title").n_unique() == frame.height
-    assert frame["genres"].list.len().max() == ml.GENRES_LENGTH
+    assert frame["genres"].list.len().max() == GENRES_LENGTH
     assert frame.null_count().sum_horizontal().item() == 0
 
 

@@ -1,0 +1,244 @@
+"""Job: a configured run as a folder, however it ends. Shared: what the jobs of one process need to do only once."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from mtl_jax import metrics
+from mtl_jax.data.dataset import Dataset, Encoded, TrainingData
+from mtl_jax.errors import RunFolderError
+from mtl_jax.report.compare import below_baseline
+from mtl_jax.report.folder import RunFolder, config_hash, run_id
+from mtl_jax.report.record import RecordError, new_record, source_state, validate, versions
+from mtl_jax.run_config import build_data, devices_of
+from mtl_jax.train import Optimizer, Result
+from mtl_jax.train.optimizer import as_optimizer
+
+SELECTOR = "valid_best"
+
+
+@dataclasses.dataclass
+class Shared:
+    """What runs of one process need not read, fit or compile again: data sets, baselines, and optimizers, which compiled
+    programs are found by."""
+
+    datasets: dict[str, Dataset] = dataclasses.field(default_factory=dict)
+    trainings: dict[str, TrainingData] = dataclasses.field(default_factory=dict)
+    fitted: dict[tuple[str, str], dict[str, Any]] = dataclasses.field(default_factory=dict)
+    optimizers: dict[str, Optimizer] = dataclasses.field(default_factory=dict)
+
+    def dataset(self, config: Mapping[str, Any]) -> Dataset:
+        """The data set of a configuration."""
+        key = _text([config["data"], config["allow"]])
+        if key not in self.datasets:
+            self.datasets[key] = build_data(config)
+        return self.datasets[key]
+
+    def training(self, dataset: Dataset) -> TrainingData:
+        """Its parts for training."""
+        if dataset.identity not in self.trainings:
+            self.trainings[dataset.identity] = dataset.for_training()
+        return self.trainings[dataset.identity]
+
+    def baselines(self, dataset: Dataset, part: str, rows: Encoded) -> dict[str, Any]:
+        """Metrics of the trivial predictors on a part."""
+        key = (dataset.identity, part)
+        if key not in self.fitted:
+            self.fitted[key] = metrics.baselines.evaluate_baselines(self.training(dataset), rows)
+        return self.fitted[key]
+
+    def optimizer(self, config: Mapping[str, Any], built: Any) -> Optimizer:
+        """The optimizer of a configuration, with one transform for all configurations that describe the same one."""
+        built = as_optimizer(built)
+        node = dict(config["optimizer"])
+        if isinstance(node.get("transform"), Mapping):
+            node = node["transform"]
+        known = self.optimizers.setdefault(_text(node), built)
+        return dataclasses.replace(built, transform=known.transform)
+
+
+class Job:
+    """One run, inside its open folder.
+
+    Args:
+      config: Plain and checked.
+      home: Its folder.
+      dataset: Its data.
+      shared: Of the process.
+      names: Names of the chosen nodes (``sharing``, ``balancing``), for the record; the targets' names by default.
+      sealed: Why the test part must stay closed.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        home: RunFolder,
+        dataset: Dataset,
+        shared: Shared,
+        *,
+        names: Mapping[str, str] | None = None,
+        sealed: str | None = None,
+    ):
+        self.config, self.home, self.dataset, self.shared = config, home, dataset, shared
+        self.known = _known(config, names or {}, dataset, name_of(config, dataset), sealed)
+
+    def earlier(self) -> dict[str, Any] | None:
+        """The record that an earlier run left, None without one.
+
+        Raises:
+          RunFolderError: There is one and it is not whole.
+        """
+        record = self.home.read_json("result.json")
+        try:
+            if record is not None and record.get("status") in (None, "completed"):
+                validate(record)
+        except RecordError as error:
+            raise RunFolderError(
+                f"'{self.home.path / 'result.json'}' is not a whole record ({error}); expected one that a run wrote. "
+                "Remove the file to run again"
+            ) from error
+        return record
+
+    def begin(self) -> None:
+        """Writes what is known before training."""
+        self.home.write_yaml("config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
+        self.home.write_json("schema.json", self.dataset.schema.to_dict())
+        self.home.log(f"start {self.known['run_id']}")
+
+    def complete(self, result: Result) -> dict[str, Any]:
+        """Opens the test part for what was selected, and writes the record."""
+        self.home.write_history(result.history)
+        self.home.log(f"tables {result.table_updates}")
+        selection = {
+            "config_hash": self.known["config_hash"],
+            "seed": self.known["seed"],
+            "selector": SELECTOR,
+            "step": result.monitor["step"],
+        }
+        openings = 0 if "sealed" in self.known else self.home.record_opening(selection)
+        started = self.known["timing"]["started"]
+        measured = _evaluated(result, self.dataset, self.shared, openings, self.home.reopened, started)
+        record = new_record(self.known | measured, status="completed")
+        record["flags"]["below_baseline"] = bool(below_baseline(record))
+        validate(record)
+        self._write(record)
+        return record
+
+    def end(self, status: str, error: BaseException | None = None) -> None:
+        """Writes the record of a run that did not come to its end. On a full disk there is none, and the error that ended
+        the run is what the user must see."""
+        with contextlib.suppress(RunFolderError):
+            self._write(new_record(self.known, status=status, error=error))
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.home.write_json("result.json", record)
+        self.home.log(f"end {record['status']}")
+
+
+def name_of(config: Mapping[str, Any], dataset: Dataset) -> str:
+    """The run id of a configuration on its data."""
+    return run_id(config, seed=config["seed"], data_identity=dataset.identity)
+
+
+def _evaluated(
+    result: Result, dataset: Dataset, shared: Shared, openings: int, reopened: bool, started: str
+) -> dict[str, Any]:
+    """What the test part says, opened here for the first time, with the mandatory baselines.
+
+    With no opening (a sealed run) the validation part takes its place.
+    """
+    training = shared.training(dataset)
+    part, rows = ("test", dataset.open_test()) if openings else ("valid", training.valid)
+    tasks = dataset.schema.tasks
+    outputs = result.predict(rows)
+    values, support = metrics.evaluate(tasks, outputs, rows)
+    slices = metrics.evaluate_slices(tasks, outputs, rows, dataset.schema.domains)
+    device = jax.devices()[0]
+    memory = device.memory_stats() or {}
+    peak = memory.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "metrics": result.metrics | {"test": None} | {part: values},
+        "support": result.support | {"test": {}} | {part: support},
+        "slices": {name: {part: by_task} for name, by_task in slices.items()},
+        "baselines": shared.baselines(dataset, part, rows),
+        "params": result.params,
+        "monitor": result.monitor,
+        "timing": result.timing | {"peak_memory_bytes": int(peak), "started": started},
+        "diagnostics": result.diagnostics,
+        "test_openings": openings,
+        "flags": {
+            "transductive": False,
+            "oracle": False,
+            "reopened": reopened,
+            "leak": any(dataset.info["leakage"]["flagged"].values()),
+        },
+    }
+
+
+def _known(
+    config: Mapping[str, Any], names: Mapping[str, str], dataset: Dataset, name: str, sealed: str | None
+) -> dict[str, Any]:
+    """The part of the record that does not depend on training."""
+    commit, dirty = source_state(Path(__file__).parent)
+    device = jax.devices()[0]
+    info = dataset.info
+    summary = {} if sealed else dataset.summary()  # it counts the labels of the test part
+    return ({"sealed": sealed} if sealed else {}) | {
+        "run_id": name,
+        "config": dict(config),
+        "config_hash": config_hash(config),
+        "method": {
+            key: names.get(key) or str(config[key]["_target_"]).split(".")[-1] for key in ("sharing", "balancing")
+        },
+        "tasks": {
+            t.name: {
+                "kind": t.kind,
+                "loss": t.loss,
+                "space": t.space,
+                "metric": t.metric,
+                "direction": "higher" if t.higher_is_better else "lower",
+            }
+            for t in dataset.schema.tasks
+        },
+        "data": {
+            "name": dataset.name,
+            "recipe": dataset.recipe,
+            "split": info["split"],
+            "sha256": dataset.identity,
+            "rows": {part: len(rows) for part, rows in dataset.splits.items()},
+            "licence": dataset.licence,
+            "summary": summary,
+            **{
+                key: info[key]
+                for key in ("version", "source", "target_fraction", "split_sha256", "files", "leakage", "warnings")
+                if key in info
+            },
+        },
+        "seed": config["seed"],
+        "split_seed": info.get("split_seed"),
+        "selector": SELECTOR,
+        "tuning_trials": 0,
+        "test_openings": 0,
+        "timing": {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
+        "versions": versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "device": {
+            "kind": device.device_kind,
+            "count": devices_of(config).number,
+            "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        },
+        "precision": config["trainer"]["precision"],
+    }
+
+
+def _text(node: Any) -> str:
+    return json.dumps(node, sort_keys=True, default=str)

@@ -118,7 +118,7 @@ def _row(
         metrics={task: found for task, found in metrics.items() if found.n},
         parameters=first["params"]["total"] if first else None,
         examples_per_second=_mean(record["timing"]["examples_per_second"] for record in records.values()),
-        compile_seconds=_mean(record["timing"]["compile_seconds"] for record in records.values()),
+        compile_seconds=_sum(record["timing"]["compile_seconds"] for record in records.values()),
         flags=tuple(flag for flag in UNRANKED_FLAGS if any(record["flags"][flag] for record in records.values())),
     )
 
@@ -246,6 +246,11 @@ def _check_shared(data: str, finished: Mapping[str, Mapping[str, Any]]) -> None:
 def _name_of_data(member: Mapping[str, Any]) -> str:
     changed = {key: value for key, value in member["values"].items() if key.startswith("data.")}
     return ", ".join([member["data"], *(f"{key}={value}" for key, value in sorted(changed.items()))])
+
+
+def _sum(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known else None
 
 
 def _mean(values: Any) -> float | None:

@@ -30,7 +30,7 @@ class Row:
       below_trivial: Task -> name of the best trivial predictor, where that one is better than the mean.
       parameters: All of them.
       examples_per_second: Mean over the finished runs.
-      compile_seconds: Mean over the finished runs.
+      compile_seconds: Sum over the finished runs, which share compiled programs.
       flags: Flags up in any finished run that keep the row out of every rank: reopened, leak, oracle.
     """
 

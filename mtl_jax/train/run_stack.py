@@ -72,7 +72,6 @@ class RunStack:
         names = repr([(m.name, m.seed, m.order_seed) for m in self.members])
         identity = hashlib.sha256(names.encode()).hexdigest()[:16]
         self.checkpoints = setup.checkpoints(checkpoints and Path(checkpoints) / identity, identity)
-        self.compile_seconds = 0.0
         self.saved = time.perf_counter()
         self.errors: dict[int, TrainingError] = {}
 
@@ -93,10 +92,11 @@ class RunStack:
             for member in self.members:
                 member.observer.finished()
         seconds = (time.perf_counter() - started) / len(self.members)
+        compiling = self.setup.claim_compile_seconds() / len(self.members)
         arrays = self.evaluated(state) | best
         values = self.measure(arrays, range(len(self.members)))
         return [
-            self.errors.get(number) or self.result(number, arrays, values[number], state, position, seconds)
+            self.errors.get(number) or self.result(number, arrays, values[number], state, position, seconds, compiling)
             for number, position in enumerate(positions)
         ]
 
@@ -138,7 +138,7 @@ class RunStack:
                     "and optimizer but for rates, weights and constants above 0, which share a program. Train them apart"
                 )
         self.step: Step = steps[0]
-        self.numbers: Numbers = self.place(stack_trees([_as_arrays(step.numbers()) for step in steps], self.size))
+        self.numbers: Numbers = self.place(stack_trees([step.numbers() for step in steps], self.size))
         return self.place(stack_trees(list(states), self.size))
 
     def begin_next(
@@ -179,9 +179,8 @@ class RunStack:
 
     def compile(self, state: TrainState) -> None:
         """Finds or makes the program of the stage under way."""
-        start = time.perf_counter()
-        key = (AXIS, self.size, self.shared_order, self.step.program(), shapes_of(state))
-        if key not in self.setup.programs:
+
+        def lower() -> Any:
             run = jax.vmap(run_steps(self.step), in_axes=(0, None, None if self.shared_order else 0, None, 0))
             if self.setup.devices.number > 1:
                 run = jax.shard_map(
@@ -193,11 +192,10 @@ class RunStack:
                 )
             shape = (self.setup.steps_per_call, self.setup.padded_size)
             order = self.place_orders([np.zeros(shape, np.int32)] * len(self.members))
-            program = jax.jit(run, donate_argnums=0)
-            lowered = program.lower(state, self.setup.train, order, np.int32(0), self.numbers)
-            self.setup.programs[key] = lowered.compile()
-        self.program: Callable[..., tuple[TrainState, Sums]] = self.setup.programs[key]
-        self.compile_seconds += time.perf_counter() - start
+            return jax.jit(run, donate_argnums=0).lower(state, self.setup.train, order, np.int32(0), self.numbers)
+
+        key = (AXIS, self.size, self.shared_order, self.step.program(), shapes_of(state))
+        self.program: Callable[..., tuple[TrainState, Sums]] = self.setup.program(key, lower)
 
     def run_epoch(self, state: TrainState, best: Params, positions: list[Position], clock: Clock) -> TrainState:
         """The steps of one epoch, from wherever the clock stands in it."""
@@ -362,7 +360,14 @@ class RunStack:
             shutil.rmtree(self.checkpoints.path, ignore_errors=True)
 
     def result(
-        self, number: int, stacked: Params, measured: Any, state: TrainState, position: Position, seconds: float
+        self,
+        number: int,
+        stacked: Params,
+        measured: Any,
+        state: TrainState,
+        position: Position,
+        seconds: float,
+        compiling: float,
     ) -> Result:
         """As of the same run alone; its seconds are its share of the stack's."""
         functional, arrays = self.step.functional, jax.device_put(_of_member(stacked, number), jax.devices()[0])
@@ -375,7 +380,7 @@ class RunStack:
             monitor=position.selection(self.stages[0].monitors[0], values),
             timing={
                 "examples_per_second": position.examples / max(position.train_seconds, 1e-9),
-                "compile_seconds": self.compile_seconds / len(self.members),
+                "compile_seconds": compiling,
                 "wall_seconds": seconds,
                 "steps": int(jax.device_get(state.step)[number]),
             },
@@ -391,10 +396,6 @@ def stack_trees(trees: list[PyTree], size: int) -> PyTree:
     """The leaves of the trees along a leading axis of this length; the last tree fills up."""
     trees = trees + [trees[-1]] * (size - len(trees))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _as_arrays(numbers: Numbers) -> Numbers:
-    return jax.tree.map(jnp.asarray, numbers)
 
 
 def _of_member(arrays: Params, number: int) -> Params:

@@ -35,7 +35,6 @@ class Session:
     member: Member
     step: Step = dataclasses.field(init=False)
     program: Callable[..., tuple[TrainState, Sums]] = dataclasses.field(init=False)
-    compile_seconds: float = 0.0
     saved: float = dataclasses.field(default_factory=time.perf_counter)
     best: Params | None = None
 
@@ -111,19 +110,17 @@ class Session:
 
     def compile(self, state: TrainState) -> None:
         """Finds or makes the program of the stage under way."""
-        start = time.perf_counter()
-        key = (self.step.program(), shapes_of(state))
-        if key not in self.setup.programs:
+
+        def lower() -> Any:
             order = self.devices.spread(np.zeros((self.setup.steps_per_call, self.setup.padded_size), np.int32))
             program = compile_step(run_steps(self.step), self.devices, rows=(2,))
-            zero = self.devices.replicate(np.int32(0))
-            self.setup.programs[key] = program.lower(state, self.setup.train, order, zero, self.numbers()).compile()
-        self.program = self.setup.programs[key]
-        self.compile_seconds += time.perf_counter() - start
+            return program.lower(state, self.setup.train, order, self.devices.replicate(np.int32(0)), self.numbers())
+
+        self.program = self.setup.program((self.step.program(), shapes_of(state)), lower)
 
     def numbers(self) -> Numbers:
-        """The numeric hyperparameters as arrays, on the devices."""
-        return self.devices.replicate(jax.tree.map(jnp.asarray, self.step.numbers()))
+        """The numeric hyperparameters, on the devices."""
+        return self.devices.replicate(self.step.numbers())
 
     def order(self, epoch: int) -> np.ndarray:
         rows, size = self.data.train.num_rows, self.setup.batch_size
@@ -239,7 +236,7 @@ class Session:
             monitor=position.selection(self.stages[0].monitors[0], values),
             timing={
                 "examples_per_second": position.examples / max(position.train_seconds, 1e-9),
-                "compile_seconds": self.compile_seconds,
+                "compile_seconds": self.setup.claim_compile_seconds(),
                 "wall_seconds": seconds,
                 "steps": int(jax.device_get(state.step)),
             },

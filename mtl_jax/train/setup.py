@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ class Setup:
       table_updates: ``auto``, ``dense``, ``sparse``, or a choice by vocabulary.
       should_stop: Is asked after every call to the device.
       programs: Compiled programs by what they were compiled for.
+      compile_seconds: What they took, as far as no result has reported it.
     """
 
     data: TrainingData
@@ -105,6 +107,7 @@ class Setup:
     table_updates: str | Mapping[str, str]
     should_stop: Callable[[], bool]
     programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+    compile_seconds: float = 0.0
 
     @classmethod
     def of(
@@ -182,6 +185,19 @@ class Setup:
             trainable=stage.trainable,
             start=start,
         )
+
+    def program(self, key: Hashable, lower: Callable[[], Any]) -> Any:
+        """The compiled program of a key; ``lower`` makes what there is to compile where there is none yet."""
+        if key not in self.programs:
+            start = time.perf_counter()
+            self.programs[key] = lower().compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self.programs[key]
+
+    def claim_compile_seconds(self) -> float:
+        """Time of compilation since the last result: the first member of many bears what all of them use."""
+        seconds, self.compile_seconds = self.compile_seconds, 0.0
+        return seconds
 
     def choose_tables(self, model: MultiTaskModel) -> dict[str, str]:
         """Vocabulary -> how its tables are updated, by its size and by the ids that one batch looks up in it."""

@@ -182,8 +182,9 @@ class Step:
         return step, state
 
     def numbers(self) -> "Numbers":
-        """The numeric hyperparameters, which a compiled program takes as an argument."""
-        return Numbers(self.balancer, self.optimizer.numbers())
+        """The numeric hyperparameters as arrays, which a compiled program takes as an argument."""
+        # 1 and 1.0 are one number: the type must not tell programs apart
+        return jax.tree.map(lambda number: jnp.asarray(number, float), Numbers(self.balancer, self.optimizer.numbers()))
 
     def with_numbers(self, numbers: "Numbers") -> "Step":
         """The same step with other numbers."""

@@ -1,6 +1,8 @@
 """python -m experiments.ablate: methods against each other, over seeds, into tables and figures (see --help)."""
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import hydra
 import jax
@@ -21,12 +23,18 @@ def main(config: DictConfig, should_stop: StopRequest) -> None:
     names = HydraConfig.get().runtime.choices
     names = {group: names[group] for group in ("sharing", "balancing")}
     arm = plain(config)
-    for record in run_arm(arm, arm["folder"], names=names, shared=SHARED, should_stop=should_stop).values():
-        if not sys.stderr.isatty():  # a terminal has the table
-            value = record["monitor"]["value"]
-            shown = record["error"]["message"] if value is None else f"{record['monitor']['name']} {value:.4f}"
-            print(f"{record['status']} {record['run_id']} {names['sharing']} {shown}", file=sys.stderr)
+    run_arm(arm, arm["folder"], names=names, shared=SHARED, should_stop=should_stop, told=_tell)
     jax.clear_caches()
+
+
+def _tell(record: Mapping[str, Any]) -> None:
+    if sys.stderr.isatty():  # where the table shows it
+        return
+    method, monitor = record["method"], record["monitor"]
+    what = record["error"]["message"] if record["status"] == "failed" else f"{monitor['name']} {monitor['value']:.4f}"
+    print(
+        f"{record['status']} {method['sharing']} {method['balancing']} seed {record['seed']}: {what}", file=sys.stderr
+    )
 
 
 if __name__ == "__main__":

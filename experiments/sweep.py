@@ -81,7 +81,9 @@ class Sweep:
         folder = Path(self.config.folder or Path(self.config.output_dir) / "ablate" / name).absolute()
         plan = {
             "id": name,
-            "command": shlex.join(["python", "-m", "experiments.ablate", *(a.removeprefix("++") for a in sys.argv[1:])]),
+            "command": shlex.join(
+                ["python", "-m", "experiments.ablate", *(a.removeprefix("++") for a in sys.argv[1:])]
+            ),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "baseline": baseline,
             "members": members,

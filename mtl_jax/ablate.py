@@ -141,6 +141,7 @@ def run_arm(
     names: Mapping[str, str] | None = None,
     shared: Shared | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    told: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, dict[str, Any]]:
     """Runs what is not finished of an arm.
 
@@ -153,6 +154,7 @@ def run_arm(
       names: Names of the chosen nodes, for the records.
       shared: What this process has loaded before.
       should_stop: Is asked while training.
+      told: Is given each record as soon as it is there.
 
     Returns:
       Run id -> record, of the runs that were not finished before.
@@ -180,6 +182,7 @@ def run_arm(
         for setup, group in _together(jobs, shared, should_stop):
             for job, record in _train(setup, group, arm["vectorize"], folder / STACKS, should_stop):
                 records[job.known["run_id"]] = record
+                told(record)
                 if not arm["keep_checkpoints"]:
                     shutil.rmtree(job.home.path / "checkpoints", ignore_errors=True)
     return records

@@ -64,6 +64,7 @@ class Balanced(NamedTuple):
       weights: Weight of each task.
       state: State of the balancer.
       info: Scalars of the balancer (``null_rows``, ``nonfinite``).
+      cosines: Of each pair of task gradients in the scope; 0 where a gradient is 0. None for methods that need losses only.
     """
 
     gradients: dict[str, Array]
@@ -71,6 +72,7 @@ class Balanced(NamedTuple):
     weights: Float[Array, " task"]
     state: Any
     info: dict[str, Array]
+    cosines: Float[Array, "task task"] | None = None
 
 
 def balanced_gradients(
@@ -239,7 +241,13 @@ def _one_pass_a_head(model: _Model, balancer, state, key, options) -> Balanced:
     elif any(label(path).startswith("task/") for path in model.below):  # private tables are heads below the cut
         plain = combined(jnp.ones_like(weights))
         gradients |= {path: g for path, g in plain.items() if label(path).startswith("task/")}
-    return Balanced(gradients | _union(own_gradient), losses, weights, state, info)
+    cosines = None if products is None else _cosines(products)
+    return Balanced(gradients | _union(own_gradient), losses, weights, state, info, cosines)
+
+
+def _cosines(products: Float[Array, "task task"]) -> Float[Array, "task task"]:
+    inverse = jax.lax.rsqrt(jnp.where(jnp.diagonal(products) > 0, jnp.diagonal(products), jnp.inf))
+    return products * inverse[:, None] * inverse
 
 
 def _at_cut(model: _Model, part):

@@ -16,6 +16,8 @@ from mtl_jax.model import decays, label
 
 LABEL_KINDS = ("embedding", "shared", "task", "aux")
 DEFAULT = "default"
+ADAM = optax.scale_by_adam()
+"""One object: optimizers with one transform share compiled programs, and functions are equal to themselves only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Optimizer:
       True
     """
 
-    transform: optax.GradientTransformation = dataclasses.field(default_factory=optax.scale_by_adam)
+    transform: optax.GradientTransformation = ADAM
     learning_rate: float | optax.Schedule | Mapping[str, float | optax.Schedule] = 1e-3
     weight_decay: float | Mapping[str, float] = 0.0
     clip_norm: float | None = None

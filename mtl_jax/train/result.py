@@ -1,6 +1,7 @@
 """Position: where a run stands. Result: what it ends in."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -99,6 +100,11 @@ class Position:
             for name, metric in values[task].items():
                 self._record(at, "valid", task, name, metric)
         self._record(at, "train", None, "null_rows", self.sums["null_rows"])
+        for one, other in itertools.combinations(range(len(tasks)), 2):
+            compared = self.sums["compared"][one][other]
+            if compared:
+                mean = self.sums["cosines"][one][other] / compared
+                self._record(at, "train", None, f"cosine {tasks[one]} {tasks[other]}", mean)
         self._record(at, "valid", None, monitor.name, monitor.value(values))
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
 

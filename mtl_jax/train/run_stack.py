@@ -134,8 +134,9 @@ class RunStack:
         for place, (step, state) in enumerate(zip(steps, states, strict=True)):
             if step.program() != steps[0].program() or shapes_of(state) != shapes_of(states[0]):
                 raise ConfigError(
-                    f"run {place} differs from run 0 in more than numbers; expected the same model, balancer "
-                    "and optimizer but for rates, weights and constants above 0, which share a program. Train them apart"
+                    f"run {place} differs from run 0 in more than numbers; expected the same model, balancer and optimizer "
+                    "but for rates, weights and constants above 0 (and one optax transform object for all), which share a "
+                    "program. Train them apart"
                 )
         self.step: Step = steps[0]
         self.numbers: Numbers = self.place(stack_trees([step.numbers() for step in steps], self.size))

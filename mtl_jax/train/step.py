@@ -37,6 +37,8 @@ class Sums(NamedTuple):
       skipped: Steps without an update, because something was not finite.
       nonfinite: Steps in which each task's loss was not finite.
       null_rows: Active tasks without a gradient.
+      cosines: Of each pair of task gradients; 0 where either is 0 or is not computed.
+      compared: Steps in which each pair had one.
     """
 
     steps: Int[Array, ""]
@@ -46,11 +48,14 @@ class Sums(NamedTuple):
     skipped: Int[Array, ""]
     nonfinite: Int[Array, " task"]
     null_rows: Int[Array, ""]
+    cosines: Float[Array, "task task"]
+    compared: Int[Array, "task task"]
 
     @classmethod
     def zeros(cls, num_tasks: int) -> "Sums":
-        count, vector = jnp.zeros((), jnp.int32), jnp.zeros(num_tasks)
-        return cls(count, vector, vector, vector, count, jnp.zeros(num_tasks, jnp.int32), count)
+        count, vector, pairs = jnp.zeros((), jnp.int32), jnp.zeros(num_tasks), (num_tasks, num_tasks)
+        bad = jnp.zeros(num_tasks, jnp.int32)
+        return cls(count, vector, vector, vector, count, bad, count, jnp.zeros(pairs), jnp.zeros(pairs, jnp.int32))
 
 
 class Numbers(NamedTuple):
@@ -327,6 +332,10 @@ class Step:
         counted = state.live & finite
         bad = state.live & ~finite
 
+        cosines = balanced.cosines
+        if cosines is None:
+            cosines = jnp.zeros((len(self.tasks), len(self.tasks)))
+
         def keep(array):
             return jnp.where(counted, array, 0)
 
@@ -338,6 +347,8 @@ class Step:
             skipped=bad.astype(jnp.int32),
             nonfinite=(bad & ~jnp.isfinite(balanced.losses.loss)).astype(jnp.int32),
             null_rows=keep(balanced.info["null_rows"]).astype(jnp.int32),
+            cosines=keep(cosines),
+            compared=keep(cosines != 0).astype(jnp.int32),
         )
 
 

@@ -62,8 +62,8 @@ def fit_many(
     """Trains many runs of one model on one data set, which differ in seeds and numbers.
 
     Args:
-      members: The runs. Their models, balancers and optimizers may differ in numbers only: learning rates, decays > 0,
-        clipping, dropout rates > 0, loss weights, constants of the balancer.
+      members: The runs. What is trained together may differ in numbers only: learning rates, decays > 0, clipping, dropout
+        rates > 0, loss weights, constants of the balancer. The optax transform of their optimizers has to be one object.
       dataset: What to train and select on.
       axis: ``vmap``, ``map``, or ``auto``: what a short measurement finds faster here.
       chunk: Most members trained together; None: as many as fit into the memory that is free.

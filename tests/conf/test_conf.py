@@ -1,5 +1,6 @@
 """Every node in conf/ composes, builds through the gate, and trains two steps."""
 
+import re
 from pathlib import Path
 
 import hydra
@@ -10,6 +11,8 @@ from omegaconf import OmegaConf
 
 import conf
 import mtl_jax
+from mtl_jax.ablate import runs_of
+from mtl_jax.arms import METHOD
 from mtl_jax.config import build, plain
 from mtl_jax.data.batching import as_batch, epoch_order
 from mtl_jax.run_config import KEYS, TRAINER_KEYS, build_model, build_parts
@@ -19,16 +22,18 @@ from mtl_jax.train.parallel import Devices
 
 ROOT = Path(conf.__file__).parent
 NODES = sorted(
-    (path.parent.name, path.stem) for path in ROOT.glob("*/*.yaml") if path.parent.name not in ("experiment", "data")
+    (path.parent.name, path.stem)
+    for path in ROOT.glob("*/*.yaml")
+    if path.parent.name not in ("experiment", "data", "budget")
 )
 EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiment/*.yaml"))
 # Values that a node leaves to the user.
 REQUIRED = {"fixed": ["balancing.weights={y1: 1.0, y2: 0.5}"]}
 
 
-def compose(*overrides):
+def compose(*overrides, name="train"):
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return plain(hydra.compose("train", overrides=list(overrides)))
+        return plain(hydra.compose(name, overrides=list(overrides)))
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +69,15 @@ def test_every_node_trains_two_steps(group, name, dataset):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_says_its_command(name):
-    config = compose(f"experiment={name}")
-    assert set(config) <= set(KEYS)
-    build_parts(config)
-    assert f"experiment={name}" in (ROOT / "experiment" / f"{name}.yaml").read_text()
+    text = (ROOT / "experiment" / f"{name}.yaml").read_text()
+    job = re.search(rf"python -m experiments\.(train|ablate) experiment={name}\b", text)[1]
+    for budget in ("budget=quick", "budget=full") if job == "ablate" else ("seed=1",):
+        config = compose(f"experiment={name}", budget, name=job)
+        if job == "ablate":
+            assert budget in text
+            assert len(runs_of(config)) >= 5
+            assert all(METHOD.match(key) for key in config["grid"])
+        build_parts({key: value for key, value in config.items() if key in KEYS})
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("data/*.yaml")))

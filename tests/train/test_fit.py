@@ -146,6 +146,9 @@ def test_result_tells_what_happened(undisturbed, data):
     losses = [row for row in undisturbed.history if row["part"] == "train" and row["name"] == "loss"]
     assert [row["task"] for row in losses] == ["click", "spend"] * 3
     assert losses[-1]["value"] < losses[1]["value"]
+    cosines = [row for row in undisturbed.history if row["name"] == "cosine click spend"]
+    assert [row["step"] for row in cosines] == [4, 8, 12]
+    assert all(-1 <= row["value"] <= 1 for row in cosines)
     assert undisturbed.timing["steps"] == 12
     counts = undisturbed.params
     assert counts["embedding"] == 20 * 3

@@ -209,6 +209,9 @@ def test_gramian_methods(world, sharing, without, scope, options):
     gramian = jnp.asarray(here.gramian(scope))
     weights, _ = pcgrad().weigh(gramian, here.losses, pcgrad().init(3), KEY, active=here.active)
     np.testing.assert_allclose(balanced.weights, weights, rtol=1e-9)
+    norms = np.sqrt(np.diagonal(gramian))
+    cosines = gramian / np.where(np.outer(norms, norms) > 0, np.outer(norms, norms), 1)
+    np.testing.assert_allclose(balanced.cosines, cosines, atol=1e-9)
     assert_equal(balanced.gradients, here.expected(weights, weighted_heads=options.get("head_gradient") == "weighted"))
 
 

@@ -15,10 +15,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.extras import missing_launcher
 from experiments.signals import StopRequest
 from mtl_jax.errors import FULL_DISK, Interrupted, MtlJaxError
 
 FAILURE, USAGE = 1, 2
+SWEEPS = ("ablate",)
+"""Configurations in which a comma list stands for arms."""
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError, OSError)
 """What composing a configuration raises for a user's mistake; Hydra does not keep to its own classes."""
 
@@ -43,13 +46,13 @@ def in_plain_words(job: Callable[[DictConfig, StopRequest], None]) -> Callable[[
 
     @functools.wraps(job)
     def guarded(config: DictConfig) -> None:
-        with StopRequest() as stop:
+        with StopRequest() as request:
             try:
-                job(config, stop)
+                job(config, request)
             except Interrupted as reason:
-                stop(f"{reason}; the same command goes on from there", stop.status)
+                stop(f"{reason}; the same command goes on from there", request.status)
             except KeyboardInterrupt:
-                stop("interrupted; the same command goes on from the last checkpoint", stop.status)
+                stop("interrupted; the same command goes on from the last checkpoint", request.status)
             except MtlJaxError as error:
                 stop(f"{type(error).__name__}: {error}", FAILURE)
             except OSError as error:
@@ -64,7 +67,9 @@ def in_plain_words(job: Callable[[DictConfig, StopRequest], None]) -> Callable[[
 
 def _compose(config_name: str, overrides: list[str]) -> DictConfig:
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        config = hydra.compose(config_name, overrides=[_single(o) for o in overrides if _composes(o)])
+        config = hydra.compose(
+            config_name, overrides=[_single(o) if config_name in SWEEPS else o for o in overrides if _composes(o)]
+        )
     OmegaConf.resolve(config)
     return config
 
@@ -85,6 +90,8 @@ def _single(override: str) -> str:
 def _explain(error: Exception, config_name: str, overrides: list[str]) -> str:
     """The message of a composition error, and for a wrong key the keys that exist."""
     message = str(error).strip()
+    if install := missing_launcher(message):
+        return install
     for override in overrides if "Could not find" not in message else ():  # that message lists the options of a group
         path = override.split("=")[0].lstrip("+~")
         if f"'{path}'" in message or f"'{path.rsplit('.', 1)[-1]}'" in message:
@@ -133,4 +140,6 @@ def _valid_keys(config_name: str, path: str) -> list[str]:
 def stop(message: str, status: int) -> NoReturn:
     """Ends the process with a message."""
     print(message, file=sys.stderr)
-    sys.exit(status)
+    end = SystemExit(status)
+    end.add_note(message)
+    raise end

@@ -6,6 +6,7 @@ share a compiled program (see :mod:`mtl_jax.train.vectorize`), and what is finis
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import shutil
@@ -14,19 +15,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtl_jax.arguments import check_count, shown
-from mtl_jax.errors import ConfigError, Interrupted, MtlJaxError, TrainingError
+from mtl_jax.config import check_keys
+from mtl_jax.errors import ConfigError, Interrupted, MtlJaxError, NoSpace, TrainingError
 from mtl_jax.job import Job, Shared, name_of
 from mtl_jax.report.folder import RunFolder
 from mtl_jax.report.warned import warnings_kept
 from mtl_jax.run_config import KEYS, MAX_SEED, OPTION_KEYS, WATCH_KEYS, build_model, build_parts, check_config
-from mtl_jax.train.progress import Observers
+from mtl_jax.stacks import Stacks
+from mtl_jax.train import Result
+from mtl_jax.train.progress import Observer, Observers
 from mtl_jax.train.setup import Member, Setup
-from mtl_jax.train.vectorize import check_axis, plan_axis, program_of, train_members
+from mtl_jax.train.vectorize import Plan, check_axis, plan_axis, program_of, train_members
 from mtl_jax.watch import ProgressFile, observe
 
 OWN_KEYS = ("seeds", "axis", "vectorize", "retry", "keep_checkpoints")
 """Keys of an arm beside those of a run."""
+COMMAND_KEYS = (
+    "grid", "arms", "search", "trials", "search_seeds", "searching", "baseline", "report", "name", "folder",
+)  # fmt: skip
+"""Keys of ``conf/ablate.yaml`` that are the command's, and allowed in an arm."""
 RUNS, STACKS = "runs", "stacks"
+MOST_TOGETHER = 256
+"""Runs trained together, at most: each holds a lock, and a process may have some thousand files open."""
 
 
 class Planned(NamedTuple):
@@ -57,8 +67,9 @@ def runs_of(arm: Mapping[str, Any]) -> list[Planned]:
       ConfigError: A list is empty, or a run cannot have these values.
     """
     seeds = seeds_of(arm["seeds"])
-    axis = {key: values for key, values in flat_axis(arm["axis"]).items() if has_key(arm, key)}
+    _check_arm(arm)
     base = {key: arm[key] for key in KEYS if key in arm}
+    axis = {key: values for key, values in flat_axis(arm["axis"]).items() if has_key(base, key)}
     planned = []
     for point in itertools.product(*axis.values()):
         values = dict(zip(axis, point, strict=True))
@@ -81,15 +92,30 @@ def plan_of(arms: Sequence[tuple[str, str, Mapping[str, Any]]], shared: Shared) 
     Raises:
       ConfigError: An arm cannot run as configured, or an axis is a key of no arm.
     """
-    for key in {key for _, _, arm in arms for key in flat_axis(arm["axis"])}:
-        if not any(has_key(arm, key) for _, _, arm in arms):
+    configs = [{key: arm[key] for key in KEYS if key in arm} for _, _, arm in arms]
+    for key in {key: None for _, _, arm in arms for key in flat_axis(arm["axis"])}:
+        if not any(has_key(config, key) for config in configs):
             raise ConfigError(f"axis.{key} names no key of any arm; expected one that --cfg job shows. Correct it")
-    return [
+    planned = [(name, data, runs_of(arm)) for name, data, arm in arms]
+    for name, _, runs in planned:
+        for one in {_text(one.values): one for one in runs}.values():  # the seeds do not matter here
+            try:
+                build_parts(one.config)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (arm '{name}')") from error
+    members = [
         {"run_id": name_of(one.config, shared.dataset(one.config)), "arm": name, "values": one.values, "seed": one.seed}
         | {"data": data}
-        for name, data, arm in arms
-        for one in runs_of(arm)
+        for name, data, runs in planned
+        for one in runs
     ]
+    first: dict[str, dict[str, Any]] = {}
+    for member in members:
+        other = first.setdefault(member["run_id"], member)
+        if other is not member:
+            one, two = (f"arm '{m['arm']}' {m['values'] or ''}".strip() for m in (other, member))
+            raise ConfigError(f"{one} and {two} are the same runs; expected runs that differ. Leave one of them out")
+    return members
 
 
 def seeds_of(seeds: Any) -> list[int]:
@@ -125,6 +151,20 @@ def flat_axis(axis: Any, prefix: str = "") -> dict[str, list[Any]]:
     return flat
 
 
+def _check_arm(arm: Mapping[str, Any]) -> None:
+    """Raises a ConfigError for what no arm can have."""
+    vectorize = arm["vectorize"]
+    check_keys({key: value for key, value in arm.items() if key not in (*OWN_KEYS, *COMMAND_KEYS)}, KEYS)
+    check_axis(vectorize["axis"], vectorize["chunk"])
+    if vectorize["axis"] == "vmap" and arm["parallel"]["strategy"] == "pmap":
+        raise ConfigError(
+            "vectorize.axis is 'vmap' with parallel=pmap, which gives the devices to the rows of one run; expected "
+            "vectorize.axis=map or parallel=jit. Change one of them"
+        )
+    if arm["folds"] is not None:
+        raise ConfigError(f"folds is {shown(arm['folds'])} in an ablation; expected null. Repeat runs by seeds=")
+
+
 def has_key(config: Mapping[str, Any], key: str) -> bool:
     """Whether a dotted key is in a configuration."""
     for part in key.split("."):
@@ -142,6 +182,8 @@ def run_arm(
     shared: Shared | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     told: Callable[[dict[str, Any]], None] = lambda record: None,
+    sealed: str | None = None,
+    tuning_trials: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Runs what is not finished of an arm.
 
@@ -155,60 +197,100 @@ def run_arm(
       shared: What this process has loaded before.
       should_stop: Is asked while training.
       told: Is given each record as soon as it is there.
+      sealed: Why the test part must stay closed, as for :func:`mtl_jax.run.run`.
+      tuning_trials: Trials that chose the values of this arm (see :mod:`mtl_jax.search`).
 
     Returns:
       Run id -> record, of the runs that were not finished before.
 
     Raises:
       Interrupted: ``should_stop`` said so.
-      ConfigError: Nothing of the arm can run as configured.
+      ConfigError: No run can have this configuration.
+      RunFolderError: Another process is at one of the runs, or the folder takes no files. What was under way counts as
+        interrupted.
     """
     folder, shared = Path(folder), shared or Shared()
-    check_axis(arm["vectorize"]["axis"], arm["vectorize"]["chunk"])
-    planned = runs_of(arm)
+    known = {"sealed": sealed, "tuning_trials": tuning_trials}
+    jobs: dict[str, Job] = {}
+    for one in runs_of(arm):
+        dataset = shared.dataset(one.config)
+        name = name_of(one.config, dataset)
+        jobs[name] = Job(one.config, RunFolder(folder / RUNS / name), dataset, shared, names=names, **known)
+    stacks = Stacks(folder / STACKS)
     records: dict[str, dict[str, Any]] = {}
-    with contextlib.ExitStack() as stack:
-        jobs = []
-        for one in planned:
-            dataset = shared.dataset(one.config)
-            name = name_of(one.config, dataset)
-            home = stack.enter_context(RunFolder.open(folder / RUNS / name))
-            home.claim(name)
-            job = Job(one.config, home, dataset, shared, names=names)
-            earlier = job.earlier()
-            status = earlier and earlier["status"]
-            if status != "completed" and (status != "failed" or arm["retry"]):
-                jobs.append(job)
-        for setup, group in _together(jobs, shared, should_stop):
-            for job, record in _train(setup, group, arm["vectorize"], folder / STACKS, should_stop):
-                records[job.known["run_id"]] = record
-                told(record)
-                if not arm["keep_checkpoints"]:
-                    shutil.rmtree(job.home.path / "checkpoints", ignore_errors=True)
+    for job, record in _records(jobs, arm, stacks, shared, should_stop):
+        if record["status"] == "completed" and not arm["keep_checkpoints"]:
+            shutil.rmtree(job.home.path / "checkpoints", ignore_errors=True)
+        records[job.known["run_id"]] = record
+        told(record)
+    for together in stacks.of(jobs):  # all of their runs have ended
+        stacks.forget(together)
     return records
 
 
-def _together(
+def _records(
+    jobs: Mapping[str, Job],
+    arm: Mapping[str, Any],
+    stacks: Stacks,
+    shared: Shared,
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Each unfinished run with its record, as soon as it is there."""
+    axis, chunk = arm["vectorize"]["axis"], arm["vectorize"]["chunk"]
+    left = {name for name, job in jobs.items() if _unfinished(job, arm["retry"])}
+    # What was trained together when an earlier process ended has its checkpoints together.
+    begun = [names for names in stacks.of(jobs) if left.intersection(names)] if axis != "map" else []
+    wanted = left.union(*begun)
+    for setup, group in _groups([job for name, job in jobs.items() if name in wanted], shared, should_stop):
+        if isinstance(setup, MtlJaxError):
+            yield from ((job, _refused(job, setup)) for job, _ in group if job.known["run_id"] in left)
+            continue
+        by_name = {job.known["run_id"]: (job, member) for job, member in group}
+        own = [names for names in begun if by_name.keys() >= set(names)]
+        rest = [pair for name, pair in by_name.items() if name in left.difference(*own)]
+        try:
+            members = [member for _, member in rest]
+            plan = (
+                plan_axis(setup, members, axis=axis, chunk=min(chunk or MOST_TOGETHER, MOST_TOGETHER)) if rest else None
+            )
+        except MtlJaxError as error:
+            yield from ((job, _refused(job, error)) for job, _ in rest)
+            plan, rest = None, []
+        chunks = [(Plan("vmap", stacks.size(names)), [by_name[name] for name in names]) for names in own]
+        chunks += [(plan, rest[first : first + plan.chunk]) for first in range(0, len(rest), plan.chunk if plan else 1)]
+        for plan_of_chunk, part in chunks:
+            yield from _train(setup, part, plan_of_chunk, stacks, arm["retry"], should_stop)
+
+
+def _groups(
     jobs: Sequence[Job], shared: Shared, should_stop: Callable[[], bool]
-) -> Iterator[tuple[Setup, list[tuple[Job, Member]]]]:
-    """Jobs that share a compiled program, with what they share. A job that cannot be built ends with a record."""
-    groups: dict[Any, list[tuple[Job, Member]]] = {}
-    setups: dict[str, Setup] = {}
-    programs: dict[str, Any] = {}
+) -> Iterator[tuple[Setup | MtlJaxError, list[tuple[Job, Member | None]]]]:
+    """Jobs that share a compiled program, with what they share; or with what is wrong with them."""
+    alike: dict[str, list[Job]] = {}
     for job in jobs:
-        job.begin()
-        with _recorded(job):
-            parts = build_parts(job.config)
-            options = _options(job.config, parts)
-            key, config = _text(_of_setup(job.config)), _text(_of_program(job.config))
-            if key not in setups:
-                setups[key] = Setup.of(shared.training(job.dataset), should_stop=should_stop, **options)
-            member = _member(job, parts, shared)
-            if config not in programs:  # which the seeds of one configuration share for sure
-                programs[config] = program_of(setups[key], member)
-            groups.setdefault((key, programs[config]), []).append((job, member))
-    for (key, _), group in groups.items():
-        yield setups[key], group
+        alike.setdefault(_text(_of_setup(job.config)), []).append(job)
+    for some in alike.values():  # one setup at a time, because each holds its data on the devices
+        setup: Setup | None = None
+        groups: dict[Any, list[tuple[Job, Member]]] = {}
+        programs: dict[str, Any] = {}
+        for job in some:
+            try:
+                parts = build_parts(job.config)
+                if setup is None:
+                    training = shared.training(job.dataset)
+                    setup = Setup.of(training, should_stop=should_stop, **_options(job.config, parts))
+                    if shared.programs is not None:
+                        setup.programs = shared.programs.setdefault(_text(_of_setup(job.config)), {})
+                member = _member(job, parts, shared)
+                config = _text(_of_program(job.config))
+                if config not in programs:  # which the seeds of one configuration share for sure
+                    programs[config] = program_of(setup, member)
+            except MtlJaxError as error:
+                yield error, [(job, None)]
+            else:
+                groups.setdefault(programs[config], []).append((job, member))
+        for group in groups.values():
+            yield setup, group
 
 
 def _options(config: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,65 +300,105 @@ def _options(config: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, A
 
 
 def _member(job: Job, parts: Mapping[str, Any], shared: Shared) -> Member:
-    config = job.config
-    watch = {key: config["trainer"][key] for key in WATCH_KEYS} | {"progress": False}  # one bar a run would be many
+    """A member that leaves nothing in the run's folder, whose lock nobody holds yet."""
     return Member(
-        lambda: build_model(config, job.dataset),
-        seed=config["seed"],
+        lambda: build_model(job.config, job.dataset),
+        seed=job.config["seed"],
         balancer=parts["balancer"],
-        optimizer=shared.optimizer(config, parts["optimizer"]),
-        order_seed=config["trainer"]["order_seed"],
+        optimizer=shared.optimizer(job.config, parts["optimizer"]),
+        order_seed=job.config["trainer"]["order_seed"],
         name=job.known["run_id"],
-        checkpoints=job.home.path / "checkpoints",
-        observer=Observers(observe(job.home, watch), ProgressFile(job.home)),
     )
+
+
+def _observer(job: Job) -> Observer:
+    trainer = job.config["trainer"]
+    watch = {key: trainer[key] for key in WATCH_KEYS} | {"progress": False}  # one bar a run would be many
+    return Observers(observe(job.home, watch), ProgressFile(job.home, monitor=trainer["monitor"]))
 
 
 def _train(
     setup: Setup,
-    group: Sequence[tuple[Job, Member]],
-    vectorize: Mapping[str, Any],
-    stacks: Path,
+    part: Sequence[tuple[Job, Member]],
+    plan: Plan,
+    stacks: Stacks,
+    retry: bool,
     should_stop: Callable[[], bool],
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """The records of jobs that share a program, one after the other."""
-    left = dict(enumerate(job for job, _ in group))
-    members = [member for _, member in group]
-    try:
-        with contextlib.ExitStack() as stack:
-            for job in left.values():
-                stack.enter_context(warnings_kept(job.home))
-            plan = plan_axis(setup, members, axis=vectorize["axis"], chunk=vectorize["chunk"])
-            for job in left.values():
+    """The records of jobs that are trained together, or of the one that is trained alone."""
+    running: dict[int, Job] = {}
+    members = []
+    with contextlib.ExitStack() as stack:
+        for number, (job, member) in enumerate(part):
+            _enter(stack, job)
+            if _unfinished(job, retry):  # with the lock, or another process might still have come first
+                running[number] = job
+                job.begin()
                 job.home.log(f"run axis {plan}")
-            for number, result in train_members(setup, members, plan, stacks):
-                job = left[number]
-                if should_stop():
-                    raise Interrupted("stopped after training, before the test part was opened")
-                with _recorded(job):
-                    if isinstance(result, TrainingError):
-                        raise result
-                    job.complete(result)
-                yield left.pop(number), job.home.read_json("result.json")
-    except (KeyboardInterrupt, Interrupted):
-        for job in left.values():
-            job.end("interrupted")
-        raise
-    except (MtlJaxError, OSError) as error:  # concerns all of them: a full disk, a damaged checkpoint
-        for job in left.values():
-            job.end("failed", error)
-            yield job, job.home.read_json("result.json")
+                stack.enter_context(warnings_kept(job.home))
+                places = {"observer": _observer(job), "checkpoints": job.home.path / "checkpoints"}
+                member = dataclasses.replace(member, **places)
+            members.append(member)
+        if not running:
+            return
+        together = [member.name for member in members]
+        try:
+            checkpoints = stacks.begin(together, plan.chunk) if plan.axis == "vmap" else None
+            for number, result in train_members(setup, members, plan, checkpoints):
+                if number in running:  # a member of a stack whose record was there before the others'
+                    if should_stop():
+                        raise Interrupted("stopped after training, before the test part was opened")
+                    record = _ended(running[number], result)
+                    yield running.pop(number), record
+        except (KeyboardInterrupt, Interrupted, NoSpace, OSError):  # what other runs would meet as well
+            for job in running.values():
+                job.end("interrupted")
+            raise
+        except MtlJaxError as error:
+            for job in running.values():
+                yield job, _failed(job, error)
+        stacks.forget(together)
 
 
-@contextlib.contextmanager
-def _recorded(job: Job) -> Iterator[None]:
-    """A mistake in one run ends that run alone, with a record."""
+def _enter(stack: contextlib.ExitStack, job: Job) -> None:
+    """Holds the lock of a run's folder."""
+    home = stack.enter_context(RunFolder.open(job.home.path))
+    home.claim(job.known["run_id"])
+
+
+def _unfinished(job: Job, retry: bool) -> bool:
+    record = job.earlier() if job.home.path.is_dir() else None
+    status = record and record["status"]
+    return status != "completed" and (status != "failed" or retry)
+
+
+def _ended(job: Job, result: Result | TrainingError) -> dict[str, Any]:
+    """The record of a run that was trained."""
+    if isinstance(result, TrainingError):
+        return _failed(job, result)
     try:
-        yield
-    except Interrupted:
+        return job.complete(result)
+    except NoSpace:
         raise
     except MtlJaxError as error:
-        job.end("failed", error)
+        return _failed(job, error)
+
+
+def _refused(job: Job, error: MtlJaxError) -> dict[str, Any]:
+    """The record of a run that cannot begin."""
+    with contextlib.ExitStack() as stack:
+        _enter(stack, job)
+        job.begin()
+        return _failed(job, error)
+
+
+def _failed(job: Job, error: MtlJaxError) -> dict[str, Any]:
+    """A mistake in one run ends that run alone, with a record; where there can be no record it ends all."""
+    job.end("failed", error)
+    record = job.home.read_json("result.json")
+    if record is None or record["status"] != "failed":
+        raise error
+    return record
 
 
 def _of_setup(config: Mapping[str, Any]) -> list[Any]:

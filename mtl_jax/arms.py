@@ -52,6 +52,8 @@ def arms_of(
     """
     if baseline not in (SINGLE_TASK, None):
         raise ConfigError(f"baseline is {shown(baseline)}; expected '{SINGLE_TASK}', or none. Change it")
+    if isinstance(named, str | Mapping):
+        raise ConfigError(f"arms is {shown(named)}; expected a list of entries with name and overrides. Correct it")
     methods = {key: values for key, values in sweeps.items() if METHOD.match(key)}
     others = {key: values for key, values in sweeps.items() if key not in methods}
     arms: list[Arm] = []
@@ -112,9 +114,11 @@ def _named(entry: Any) -> tuple[str, tuple[str, ...]]:
         not isinstance(entry, Mapping)
         or set(entry) != {"name", "overrides"}
         or not isinstance(entry["overrides"], list)
+        or not isinstance(entry["name"], str | int | float)
+        or not str(entry["name"]).strip()
     ):
         raise ConfigError(
             f"arms has {shown(entry)}; expected entries with name and overrides, like {{name: wide, overrides: "
-            "[sharing=mmoe, sharing.num_experts=16]}. Correct it"
+            "['sharing=mmoe', 'sharing.num_experts=16']}. Correct it"
         )
     return str(entry["name"]), tuple(map(str, entry["overrides"]))

@@ -28,12 +28,13 @@ SELECTOR = "valid_best"
 @dataclasses.dataclass
 class Shared:
     """What runs of one process need not read, fit or compile again: data sets, baselines, and optimizers, which compiled
-    programs are found by."""
+    programs are found by. With ``programs`` set, compiled programs are kept for later arms as well."""
 
     datasets: dict[str, Dataset] = dataclasses.field(default_factory=dict)
     trainings: dict[str, TrainingData] = dataclasses.field(default_factory=dict)
     fitted: dict[tuple[str, str], dict[str, Any]] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, Optimizer] = dataclasses.field(default_factory=dict)
+    programs: dict[str, dict[Any, Any]] | None = None
 
     def dataset(self, config: Mapping[str, Any]) -> Dataset:
         """The data set of a configuration."""
@@ -75,6 +76,7 @@ class Job:
       shared: Of the process.
       names: Names of the chosen nodes (``sharing``, ``balancing``), for the record; the targets' names by default.
       sealed: Why the test part must stay closed.
+      tuning_trials: Trials that chose the values of the configuration.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class Job:
         *,
         names: Mapping[str, str] | None = None,
         sealed: str | None = None,
+        tuning_trials: int = 0,
     ):
         self.config, self.home, self.dataset, self.shared = config, home, dataset, shared
         self.known = _known(config, names or {}, dataset, name_of(config, dataset), sealed)
+        self.known["tuning_trials"] = tuning_trials
 
     def earlier(self) -> dict[str, Any] | None:
         """The record that an earlier run left, None without one.
@@ -225,7 +229,6 @@ def _known(
         "seed": config["seed"],
         "split_seed": info.get("split_seed"),
         "selector": SELECTOR,
-        "tuning_trials": 0,
         "test_openings": 0,
         "timing": {"started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
         "versions": versions(),

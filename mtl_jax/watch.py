@@ -56,15 +56,19 @@ class ProgressFile(Observer):
 
     Args:
       home: The run folder.
+      monitor: Name of the number that the run is selected by.
       seconds: Shortest time between two writes.
     """
 
-    def __init__(self, home: RunFolder, *, seconds: float = 1.0):
-        self.home, self.seconds, self.written = home, seconds, 0.0
+    def __init__(self, home: RunFolder, *, monitor: str, seconds: float = 1.0):
+        self.home, self.name, self.seconds, self.written = home, monitor, seconds, 0.0
         self.facts: dict[str, Any] = {}
 
     def started(self, *, total_steps: int, done_steps: int) -> None:
-        self.facts = {"steps": done_steps, "total": total_steps, "epoch": 1, "monitor": None}
+        fresh = {"epoch": 1, "monitor": None}
+        earlier = self._earlier() if done_steps else {}  # what was best before an interruption still is
+        kept = {key: earlier.get(key, value) for key, value in fresh.items()}
+        self.facts = {"steps": done_steps, "total": total_steps, "name": self.name} | kept
         self._write()
 
     def advanced(self, *, steps: int, epoch: int, examples_per_second: float, **_: Any) -> None:
@@ -77,6 +81,12 @@ class ProgressFile(Observer):
         if best:
             self.facts["monitor"] = monitor
         self._write()
+
+    def _earlier(self) -> dict[str, Any]:
+        try:
+            return self.home.read_json("progress.json") or {}
+        except (RunFolderError, OSError):
+            return {}
 
     def _write(self) -> None:
         self.written = time.monotonic()

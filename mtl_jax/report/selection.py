@@ -40,7 +40,7 @@ def choose(members: Sequence[Member], finished: Mapping[str, Record]) -> tuple[C
         for point, by_seed in monitors.items()
     }
     records = [finished[member["run_id"]] for member in members if member["run_id"] in finished]
-    sign = _sign(records[0]) if records else 1.0
+    sign = sign_of(records[0]) if records else 1.0
 
     def merit(point: str) -> tuple[bool, float, int]:
         found = values[point]
@@ -69,7 +69,7 @@ def settings(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
 
 
-def _sign(record: Record) -> float:
+def sign_of(record: Record) -> float:
     """+1 where a higher monitored number is better."""
     task, _, metric = (record["monitor"]["name"] or "").rpartition("/")
     declared = record["tasks"].get(task, {})

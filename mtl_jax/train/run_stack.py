@@ -371,7 +371,7 @@ class RunStack:
         compiling: float,
     ) -> Result:
         """As of the same run alone; its seconds are its share of the stack's."""
-        functional, arrays = self.step.functional, jax.device_put(_of_member(stacked, number), jax.devices()[0])
+        functional, arrays = self.step.functional, jax.device_put(jax.device_get(_of_member(stacked, number)))
         values, support = measured
         return Result(
             model=functional.merge(arrays),

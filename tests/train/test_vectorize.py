@@ -1,6 +1,12 @@
 """Tests of the run axis: each member equals the same run alone."""
 
+import dataclasses
 import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,7 +17,7 @@ from flax import nnx
 import mtl_jax
 from mtl_jax.balancing import fixed, pcgrad, uncertainty
 from mtl_jax.data.dataset import TrainingData
-from mtl_jax.errors import ConfigError, Interrupted, TrainingError
+from mtl_jax.errors import ConfigError, Interrupted
 from mtl_jax.nn import Encoder, Tower
 from mtl_jax.sharing import MMoE
 from mtl_jax.train import Member, Optimizer, fit, fit_many
@@ -23,6 +29,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 
 ADAM = optax.scale_by_adam()  # one object: what a program is compiled for
 OPTIONS = {"epochs": 4, "batch_size": 8, "patience": 1, "steps_per_call": 2, "table_updates": {"user": "sparse"}}
+EVERYTHING = {"training": "staged", "average": 0.6, "micro_batches": 2}
+ONE_BY_ONE, TOGETHER = Plan("map", 1), Plan("vmap", 3)
+DEVICES_PROGRAM = pathlib.Path(__file__).with_name("run_axis_program.py")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +42,18 @@ def data(small_schema, make_rows):
 
 
 @pytest.fixture(scope="module")
+def setup(data):
+    """What compiles, once for all tests."""
+    return Setup.of(data, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def staged(data):
+    """Stages, an average and micro-batches."""
+    return Setup.of(data, **OPTIONS | EVERYTHING)
+
+
+@pytest.fixture(scope="module")
 def member(small_schema):
     def make(seed=0, *, rate=0.02, dropout=0.2, decay=0.1, weights=(1.0, 0.5), **options):
         def model():
@@ -40,7 +61,7 @@ def member(small_schema):
                 small_schema,
                 encoder=functools.partial(Encoder, embedding_dim=3, stddev=0.5, dropout=dropout),
                 sharing=functools.partial(MMoE, num_experts=2, expert_units=(5,), dropout=dropout),
-                towers=functools.partial(Tower, units=(4,), dropout=dropout),
+                towers=functools.partial(Tower, units=()),
                 rngs=nnx.Rngs(seed),
             )
 
@@ -52,14 +73,41 @@ def member(small_schema):
     return make
 
 
+@pytest.fixture(scope="module")
+def grid(member):
+    """Seeds, learning rates, decays, dropout and loss weights that all differ; some stop early."""
+    return [
+        member(0),
+        member(1, rate=0.3),
+        member(2, dropout=0.4),
+        member(3, rate=0.05, dropout=0.1, decay=0.01, weights=(0.1, 2.0)),
+        member(4, rate=1.0),
+    ]
+
+
+@pytest.fixture(scope="module")
+def pair(member):
+    return [member(0, balancer=pcgrad()), member(1, balancer=pcgrad(), rate=0.3)]
+
+
+@pytest.fixture(scope="module")
+def grid_alone(setup, grid):
+    """The same runs one after the other; that this is ``fit`` to the last digit is a test of its own."""
+    return alone(setup, grid)
+
+
+@pytest.fixture(scope="module")
+def pair_alone(staged, pair):
+    return alone(staged, pair)
+
+
+def alone(setup, members):
+    return [result for _, result in train_members(setup, members, ONE_BY_ONE)]
+
+
 def arrays(result):
     _, params, rest = Functional.of(result.model)
     return {path: np.asarray(array) for path, array in (params | rest).items()}
-
-
-def alone(member, data, **options):
-    parts = {"balancer": member.balancer, "optimizer": member.optimizer, "order_seed": member.order_seed}
-    return fit(member.model(), data, seed=member.seed, **parts, **OPTIONS | options)
 
 
 def assert_equal_runs(one, other, tolerance=0.0):
@@ -68,114 +116,106 @@ def assert_equal_runs(one, other, tolerance=0.0):
     assert one.monitor["step"] == other.monitor["step"]
     assert one.timing["steps"] == other.timing["steps"]
     for row, expected in zip(one.history, other.history, strict=True):
-        value, known = row.pop("value"), expected.pop("value")
-        assert row == expected
+        value, known = row["value"], expected["value"]
+        assert row | {"value": None} == expected | {"value": None}
         assert value == known or value == pytest.approx(known, rel=max(10 * tolerance, 1e-12), abs=10 * tolerance)
 
 
-def grid(member, **options):
-    """Seeds, learning rates, decays, dropout and loss weights that all differ; some stop early."""
-    return [
-        member(0, **options),
-        member(1, rate=0.3, **options),
-        member(2, dropout=0.4, **options),
-        member(3, rate=0.05, decay=0.01, weights=(0.1, 2.0), **options),
-        member(4, rate=1.0, **options),
-    ]
-
-
-@pytest.mark.parametrize(("axis", "chunk", "tolerance"), [("map", None, 0.0), ("vmap", None, 2e-5), ("vmap", 3, 2e-5)])
-def test_each_member_equals_the_same_run_alone(data, member, axis, chunk, tolerance):
-    """One after the other to the last digit; together up to the order of sums in matrix products. Chunks are filled up."""
-    members = grid(member)
-    results = dict(fit_many(members, data, axis=axis, chunk=chunk, **OPTIONS))
+def test_one_after_the_other_each_member_equals_fit_to_the_last_digit(data, grid):
+    results = dict(fit_many(grid, data, axis="map", **OPTIONS))
     assert sorted(results) == [0, 1, 2, 3, 4]
-    for number, one in enumerate(members):
-        assert_equal_runs(results[number], alone(one, data), tolerance)
-    stops = {result.timing["steps"] for result in results.values()}
-    assert len(stops) > 1, "no member stopped before another: the test does not reach frozen members"
+    own = grid[3]  # differs in every number from the first one, for which the program was compiled
+    parts = {"balancer": own.balancer, "optimizer": own.optimizer, "order_seed": own.order_seed}
+    assert_equal_runs(results[3], fit(own.model(), data, seed=own.seed, **parts, **OPTIONS))
 
 
-@pytest.mark.parametrize("options", [{"average": 0.6, "training": "staged"}, {"micro_batches": 2}], ids=str)
-def test_every_way_of_training_has_a_run_axis(data, member, options):
-    members = [member(0, balancer=pcgrad()), member(1, balancer=pcgrad(), rate=0.3)]
-    results = dict(fit_many(members, data, axis="vmap", **OPTIONS | options))
-    for number, one in enumerate(members):
-        assert_equal_runs(results[number], alone(one, data, **options), 2e-5)
+def test_together_each_member_equals_the_same_run_alone(setup, grid, grid_alone):
+    """Up to the order of sums in matrix products. Five members in chunks of three: the second one is filled up."""
+    results = dict(train_members(setup, grid, TOGETHER))
+    assert sorted(results) == [0, 1, 2, 3, 4]
+    for number, expected in enumerate(grid_alone):
+        assert_equal_runs(results[number], expected, 2e-5)
+    for chunk in ((0, 1, 2), (3, 4)):
+        stops = {results[number].timing["steps"] for number in chunk}
+        assert len(stops) > 1, "no member stopped before another: the test does not reach frozen members"
 
 
-def test_constants_of_a_balancer_ride_along(data, member):
+def test_every_way_of_training_has_a_run_axis(staged, pair, pair_alone):
+    results = dict(train_members(staged, pair, Plan("vmap", 2)))
+    for number, expected in enumerate(pair_alone):
+        assert_equal_runs(results[number], expected, 2e-5)
+
+
+def test_constants_of_a_balancer_ride_along(setup, member):
     members = [member(0, balancer=uncertainty(weight_lr=rate)) for rate in (0.001, 0.3)]
-    weights = [result.diagnostics["task_weights"] for _, result in fit_many(members, data, axis="vmap", **OPTIONS)]
-    assert weights == [pytest.approx(alone(one, data).diagnostics["task_weights"], rel=1e-4) for one in members]
+    weights, expected = (
+        [result.diagnostics["task_weights"] for _, result in train_members(setup, members, plan)]
+        for plan in (Plan("vmap", 2), ONE_BY_ONE)
+    )
+    assert weights == [pytest.approx(known, rel=1e-4) for known in expected]
     assert weights[0] != pytest.approx(weights[1], rel=0.01)
 
 
-def test_members_with_one_order_see_the_same_batches(data, member):
+def test_members_with_one_order_see_the_same_batches(data, setup, member):
     members = [member(seed, order_seed=7) for seed in (0, 1)]
-    for number, result in fit_many(members, data, axis="vmap", **OPTIONS):
-        assert_equal_runs(result, alone(members[number], data), 2e-5)
-
-
-def test_a_member_that_is_not_finite_ends_alone(data, member):
-    members = [member(0), member(1, rate=1e30), member(2)]
     results = dict(fit_many(members, data, axis="vmap", **OPTIONS))
-    assert isinstance(results[1], TrainingError)
-    with pytest.raises(TrainingError) as expected:
-        alone(members[1], data)
-    assert str(results[1]).split("; expected")[0] == str(expected.value).split("; expected")[0]
+    assert sorted(results) == [0, 1]
+    for number, expected in enumerate(alone(setup, members)):
+        assert_equal_runs(results[number], expected, 2e-5)
+
+
+def test_a_member_that_is_not_finite_ends_alone(setup, grid, grid_alone, member):
+    members = [grid[0], member(1, rate=1e30), grid[2]]
+    results = dict(train_members(setup, members, TOGETHER))
+    one_by_one = alone(setup, members)
+    for kinds in (results.values(), one_by_one):
+        assert [type(result).__name__ for result in kinds] == ["Result", "TrainingError", "Result"]
+    assert str(results[1]).split("; expected")[0] == str(one_by_one[1]).split("; expected")[0]
     for number in (0, 2):
-        assert_equal_runs(results[number], alone(members[number], data), 2e-5)
-    results = dict(fit_many(members, data, axis="map", **OPTIONS))
-    assert [type(results[number]).__name__ for number in range(3)] == ["Result", "TrainingError", "Result"]
+        assert_equal_runs(results[number], grid_alone[number], 2e-5)
 
 
-@pytest.mark.parametrize("training", ["joint", "staged"])
-def test_a_stack_goes_on_where_it_was_stopped(data, member, tmp_path, training):
-    options = {**OPTIONS, "axis": "vmap", "checkpoint_seconds": 0, "training": training}
-    undisturbed = dict(fit_many(grid(member), data, **options))
+@pytest.mark.parametrize("case", ["joint", "staged"])
+def test_a_stack_goes_on_where_it_was_stopped(request, setup, staged, grid, pair, tmp_path, case):
+    """Stopped twice, in the middle of epochs: what comes out is what comes out undisturbed, to the last digit."""
+    setup, members, plan = (setup, grid, TOGETHER) if case == "joint" else (staged, pair, Plan("vmap", 2))
+    undisturbed = dict(train_members(setup, members, plan))
     for calls in (2, 3):
         asked = iter(range(1, 1000))
+        stopping = dataclasses.replace(
+            setup, checkpoint_seconds=0, should_stop=lambda c=calls, a=asked: next(a) == c
+        )  # with the programs of the setup
         with pytest.raises(Interrupted):
-            list(
-                fit_many(
-                    grid(member),
-                    data,
-                    checkpoints=tmp_path,
-                    should_stop=lambda c=calls, a=asked: next(a) == c,
-                    **options,
-                )
-            )
-    resumed = dict(fit_many(grid(member), data, checkpoints=tmp_path, **options))
+            list(train_members(stopping, members, plan, tmp_path))
+    resumed = dict(train_members(dataclasses.replace(setup, checkpoint_seconds=0), members, plan, tmp_path))
     for number, result in resumed.items():
         assert_equal_runs(result, undisturbed[number])
 
 
-def test_one_program_serves_all_numbers(data, member):
-    setup = Setup.of(data, **OPTIONS)
-    members = grid(member)
-    list(train_members(setup, members, Plan("map", 1)))
-    assert len(setup.programs) == 1
-    list(train_members(setup, [member(9, dropout=0.0)], Plan("map", 1)))
-    assert len(setup.programs) == 2  # no dropout is another program
+def test_one_program_serves_all_numbers(setup, grid_alone, member):
+    known = len(setup.programs)
+    alone(setup, [member(8, rate=0.004, dropout=0.7, decay=0.3, weights=(3.0, 0.2))])
+    assert len(setup.programs) == known
+    alone(setup, [member(9, dropout=0.0)])
+    assert len(setup.programs) == known + 1  # no dropout is another program
 
 
-def test_the_plan_fits_memory_and_follows_the_measurement(data, member, monkeypatch):
-    setup, members = Setup.of(data, **OPTIONS), grid(member)
+def test_the_plan_fits_memory_and_follows_the_measurement(setup, grid, grid_alone, monkeypatch):
+    members = grid[:3]
     plan = plan_axis(setup, members)
     assert plan.seconds.keys() == {"map", "vmap"}
     assert plan.axis == min(plan.seconds, key=plan.seconds.get)
-    assert plan.member_bytes > 2 * sum(array.nbytes for array in arrays(alone(members[0], data)).values())
+    assert plan.member_bytes > 2 * sum(array.nbytes for array in arrays(grid_alone[0]).values())
     monkeypatch.setattr("mtl_jax.train.vectorize._free_bytes", lambda: 3 * plan.member_bytes)
     assert plan_axis(setup, members, axis="vmap").chunk == 2  # 80 % of three members
     monkeypatch.setattr("mtl_jax.train.vectorize._free_bytes", lambda: plan.member_bytes)
     assert plan_axis(setup, members, axis="vmap") == Plan("map", 1, plan.member_bytes, plan.member_bytes)
 
 
-def test_members_that_differ_in_more_than_numbers_are_refused(data, member):
+def test_members_that_differ_in_more_than_numbers_are_refused(data, setup, member):
     for other in (member(1, dropout=0.0), member(1, balancer=pcgrad()), member(1, decay=0.0)):
         with pytest.raises(ConfigError, match="run 1 differs from run 0 in more than numbers"):
-            list(fit_many([member(0), other], data, axis="vmap", **OPTIONS))
+            list(train_members(setup, [member(0), other], TOGETHER))
     with pytest.raises(ConfigError, match=r"vectorize.axis is 'pmap'; expected one of \['auto', 'vmap', 'map'\]"):
         list(fit_many([member(0)], data, axis="pmap", **OPTIONS))
     with pytest.raises(ConfigError, match="vectorize.chunk is 0; expected a whole number >= 1"):
@@ -190,3 +230,25 @@ def test_functional_views_of_models_that_differ_in_numbers_are_equal(member):
     assert hash(views[0]) == hash(views[1])
     assert views[0] != Functional.of(member(0, dropout=0.0).model())[0]
     assert jax.tree.structure(member().balancer) == jax.tree.structure(member(weights=(3.0, 4.0)).balancer)
+
+
+def test_the_run_axis_shards_over_devices(tmp_path):
+    """Five members on four devices, whose eight places are filled up: the parameters and stops of one device.
+
+    And with one data order for all: those of runs whose steps the devices share.
+    """
+    out = tmp_path / "outcomes.npz"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    run = subprocess.run([sys.executable, DEVICES_PROGRAM, out], env=os.environ | flags, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    stops = json.loads(out.with_suffix(".json").read_text())
+    with np.load(out) as found:
+        places = {key: found[key] for key in found.files}
+    for one, other in (("vmap 1", "vmap 4"), ("one order, map 4", "one order, vmap 4")):
+        assert stops[one] == stops[other]
+        keys = [key for key in places if key.startswith(f"{one}|")]
+        assert len(keys) >= 5 * len(stops[one])
+        for key in keys:
+            expected = places[f"{other}|{key.split('|', 1)[1]}"]
+            np.testing.assert_allclose(places[key], expected, rtol=2e-5, atol=2e-5, err_msg=key)
+    assert len({steps for steps, _ in stops["vmap 4"]}) > 1, "no member stopped before another"

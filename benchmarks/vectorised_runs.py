@@ -27,10 +27,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import machine  # noqa: E402  (runs as a script from anywhere)
-from benchmarks.train_throughput import limit_threads, machine_facts, schedule  # noqa: E402
-from benchmarks.vectorised_summary import PROCESSES, WAYS, combined, show, summary  # noqa: E402
-from benchmarks.vectorised_worker import CASES, generate  # noqa: E402
+from benchmarks import machine
+from benchmarks.train_throughput import limit_threads, machine_facts, schedule
+from benchmarks.vectorised_summary import PROCESSES, WAYS, combined, show, summary
+from benchmarks.vectorised_worker import CASES, generate
 
 QUICK = {"seeds": [1, 4], "epochs": {"small": 5, "medium": 1}, "rows": {"small": 9_600, "medium": 50_000}}
 

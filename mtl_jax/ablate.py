@@ -236,7 +236,7 @@ def _records(
     should_stop: Callable[[], bool],
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Each unfinished run with its record, as soon as it is there."""
-    axis, chunk = arm["vectorize"]["axis"], arm["vectorize"]["chunk"]
+    axis, most = arm["vectorize"]["axis"], min(arm["vectorize"]["chunk"] or MOST_TOGETHER, MOST_TOGETHER)
     left = {name for name, job in jobs.items() if _unfinished(job, arm["retry"])}
     # What was trained together when an earlier process ended has its checkpoints together.
     begun = [names for names in stacks.of(jobs) if left.intersection(names)] if axis != "map" else []
@@ -250,9 +250,7 @@ def _records(
         rest = [pair for name, pair in by_name.items() if name in left.difference(*own)]
         try:
             members = [member for _, member in rest]
-            plan = (
-                plan_axis(setup, members, axis=axis, chunk=min(chunk or MOST_TOGETHER, MOST_TOGETHER)) if rest else None
-            )
+            plan = plan_axis(setup, members, axis=axis, chunk=most) if rest else None
         except MtlJaxError as error:
             yield from ((job, _refused(job, error)) for job, _ in rest)
             plan, rest = None, []

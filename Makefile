@@ -10,10 +10,14 @@ STACK_TESTS ?= tests
 WORKERS ?= 2
 PYTEST = -m pytest -q -n $(WORKERS) --dist loadfile --download-data
 
-.PHONY: demo test test-slow test-newest test-lowest audit lint format clean
+.PHONY: demo results test test-slow test-newest test-lowest audit lint format clean
 
 demo: $(VENV)/.run  ## trains on real shopping data and prints the result
 	$(BIN)/python -m experiments.train
+
+results: $(VENV)/.run  ## the grid of docs/results: about 50 minutes on two quiet cores, goes on where it stopped
+	$(BIN)/python -m experiments.ablate experiment=sharing_by_balancing data=movielens_1m,complete_journey seeds=5 name=sharing_by_balancing
+	$(BIN)/python -m experiments.report outputs/ablate/sharing_by_balancing --out docs/results/sharing_by_balancing --formats md csv
 
 test: $(VENV)/.test  ## the fast suite; fetches the data that it needs once
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize("axis", ["map", "vmap"])
+@pytest.mark.parametrize("axis", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
 def test_an_arm_goes_on_when_there_is_room_again(small_disk, tmp_path, axis):
     with hydra.initialize_config_module("conf", version_base="1.3"):
         arm = plain(hydra.compose("ablate", overrides=[*SMALL, f"vectorize.axis={axis}"]))

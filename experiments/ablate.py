@@ -15,8 +15,9 @@ from experiments.cli import command_line, in_plain_words
 from experiments.launch import sends_back
 from experiments.search import tell
 from experiments.signals import StopRequest
-from mtl_jax.ablate import flat_axis, has_key, run_arm
+from mtl_jax.ablate import run_arm
 from mtl_jax.config import plain
+from mtl_jax.plan import flat_axis, has_key
 from mtl_jax.report.selection import settings
 from mtl_jax.search import search_arm, space_of
 

@@ -27,12 +27,12 @@ from experiments.cli import FAILURE, USAGE, stop
 from experiments.launch import launch
 from experiments.search import search_name, searched, settled
 from experiments.signals import STATUS
-from mtl_jax.ablate import plan_of
 from mtl_jax.arguments import shown
 from mtl_jax.arms import Arm, arms_of
 from mtl_jax.config import plain
 from mtl_jax.errors import ConfigError, MtlJaxError, RunFolderError
 from mtl_jax.job import Shared
+from mtl_jax.plan import plan_of
 from mtl_jax.report.ablation import PLAN, read_ablation
 from mtl_jax.report.board import Board
 from mtl_jax.report.folder import RunFolder

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import resource
 from collections.abc import Mapping
@@ -191,7 +192,7 @@ def _known(
     config: Mapping[str, Any], names: Mapping[str, str], dataset: Dataset, name: str, sealed: str | None
 ) -> dict[str, Any]:
     """The part of the record that does not depend on training."""
-    commit, dirty = source_state(Path(__file__).parent)
+    commit, dirty = _source()
     device = jax.devices()[0]
     info = dataset.info
     summary = {} if sealed else dataset.summary()  # it counts the labels of the test part
@@ -245,3 +246,9 @@ def _known(
 
 def _text(node: Any) -> str:
     return json.dumps(node, sort_keys=True, default=str)
+
+
+@functools.cache
+def _source() -> tuple[str | None, bool | None]:
+    """Of the code as this process has loaded it."""
+    return source_state(Path(__file__).parent)

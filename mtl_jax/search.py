@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtl_jax.ablate import has_key, run_arm, runs_of
+from mtl_jax.ablate import run_arm
 from mtl_jax.arguments import check_count, shown
 from mtl_jax.errors import ConfigError, RunFolderError
 from mtl_jax.job import Shared, name_of
+from mtl_jax.plan import has_key, runs_of
 from mtl_jax.report.folder import RunFolder
 from mtl_jax.report.selection import sign_of
 from mtl_jax.run_config import KEYS

@@ -17,10 +17,11 @@ from rich.console import Console
 
 import mtl_jax.ablate
 import mtl_jax.job
-from mtl_jax.ablate import flat_axis, plan_of, run_arm, runs_of, seeds_of
+from mtl_jax.ablate import run_arm
 from mtl_jax.config import plain
 from mtl_jax.errors import ConfigError, Interrupted, RunFolderError
 from mtl_jax.job import Shared
+from mtl_jax.plan import flat_axis, plan_of, runs_of, seeds_of
 from mtl_jax.report.folder import RunFolder
 from mtl_jax.report.record import validate
 from mtl_jax.run import run

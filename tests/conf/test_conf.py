@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 
 import conf
 import mtl_jax
-from mtl_jax.ablate import runs_of
 from mtl_jax.arms import METHOD
 from mtl_jax.config import build, plain
 from mtl_jax.data.batching import as_batch, epoch_order
+from mtl_jax.plan import runs_of
 from mtl_jax.run_config import KEYS, TRAINER_KEYS, build_model, build_parts
 from mtl_jax.train import Step, compile_step
 from mtl_jax.train.loop import run_steps

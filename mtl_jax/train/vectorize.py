@@ -79,15 +79,18 @@ def fit_many(
       Interrupted: ``should_stop`` said so.
 
     Example:
+      >>> import functools
       >>> from flax import nnx
       >>> import mtl_jax
+      >>> from mtl_jax.sharing import SharedBottom
       >>> from mtl_jax.train import Member, fit_many
       >>> data = mtl_jax.data.load("synthetic", num_rows=600, dim=8)
+      >>> sharing = functools.partial(SharedBottom, units=(8,))
       >>> def model(seed):
-      ...     return mtl_jax.MultiTaskModel(data.schema, rngs=nnx.Rngs(seed))
+      ...     return mtl_jax.MultiTaskModel(data.schema, sharing=sharing, rngs=nnx.Rngs(seed))
       ...
       >>> members = [Member(lambda seed=seed: model(seed), seed=seed) for seed in range(2)]
-      >>> results = dict(fit_many(members, data, epochs=1, batch_size=128, axis="vmap"))
+      >>> results = dict(fit_many(members, data, epochs=1, batch_size=128, axis="map"))
       >>> sorted(results)
       [0, 1]
     """

@@ -319,7 +319,11 @@ def test_nothing_finished_yet(compared):
 
 def test_costs_are_those_of_the_records(compared):
     row = compared(THREE).row("mmoe+equal")
-    assert (row.parameters, row.examples_per_second, row.compile_seconds) == (480_000, 182_345.6, pytest.approx(5 * 11.84))
+    assert (row.parameters, row.examples_per_second, row.compile_seconds) == (
+        480_000,
+        182_345.6,
+        pytest.approx(5 * 11.84),
+    )
     assert row.method["sharing"] == "mmoe"
 
 

@@ -18,6 +18,11 @@ def document(ablation: Ablation, comparisons: Sequence[Comparison]) -> str:
     commits = sorted({str(record["commit"]) for record in ablation.records.values() if record["commit"]})
     lines = [f"- command: `{facts.get('command')}`", f"- started: {facts.get('created')}"]
     lines += [f"- commit: {', '.join(commits)}"] if commits else []
+    done = [record for record in ablation.records.values() if record["status"] == "completed"]
+    versions = {", ".join(f"{name} {v}" for name, v in record["versions"].items() if v) for record in done}
+    devices = {f"{record['device']['count']} x {record['device']['kind']}" for record in done}
+    lines += [f"- versions: {escape(text)}" for text in sorted(versions)]
+    lines += [f"- device: {escape(text)}" for text in sorted(devices)]
     parts.append("\n".join(lines))
     for comparison in comparisons:
         parts.append(f"## {escape(comparison.data)}")

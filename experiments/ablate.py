@@ -17,7 +17,7 @@ from experiments.search import tell
 from experiments.signals import StopRequest
 from mtl_jax.ablate import run_arm
 from mtl_jax.config import plain
-from mtl_jax.plan import flat_axis, has_key
+from mtl_jax.plan import flat_axis, has_key, settings_tried
 from mtl_jax.report.selection import settings
 from mtl_jax.search import search_arm, space_of
 
@@ -34,7 +34,7 @@ def main(config: DictConfig, should_stop: StopRequest) -> None:
     if label := arm["searching"]:
         search_arm(arm, arm["folder"], label, told=lambda study: tell(label, study, arm["trials"]), **common)
     else:
-        tried = arm["trials"] if arm["search"] and space_of(arm) else 0
+        tried = arm["trials"] if arm["search"] and space_of(arm) else settings_tried(arm)
         told = functools.partial(_tell, list(flat_axis(arm["axis"])))
         run_arm(arm, arm["folder"], told=told, tuning_trials=tried, **common)
     jax.clear_caches()

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,16 @@ def runs_of(arm: Mapping[str, Any]) -> list[Planned]:
             check_config(config)
             planned.append(Planned(config, values))
     return planned
+
+
+def settings_tried(arm: Mapping[str, Any]) -> int:
+    """Settings that validation chooses from: the points of the arm's axes but for data; 0 where there is no choice."""
+    base = {key: arm[key] for key in KEYS if key in arm}
+    tuned = [
+        values for key, values in flat_axis(arm["axis"]).items() if has_key(base, key) and not key.startswith("data.")
+    ]
+    points = math.prod(map(len, tuned))
+    return points if points > 1 else 0
 
 
 def plan_of(arms: Sequence[tuple[str, str, Mapping[str, Any]]], shared: Shared) -> list[dict[str, Any]]:

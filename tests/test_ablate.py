@@ -21,7 +21,7 @@ from mtl_jax.ablate import run_arm
 from mtl_jax.config import plain
 from mtl_jax.errors import ConfigError, Interrupted, RunFolderError
 from mtl_jax.job import Shared
-from mtl_jax.plan import flat_axis, plan_of, runs_of, seeds_of
+from mtl_jax.plan import flat_axis, plan_of, runs_of, seeds_of, settings_tried
 from mtl_jax.report.folder import RunFolder
 from mtl_jax.report.record import validate
 from mtl_jax.run import run
@@ -145,6 +145,13 @@ def test_seeds_are_crossed_with_every_axis():
         assert one.config["seed"] == one.seed and "axis" not in one.config
     assert seeds_of(3) == [0, 1, 2] and seeds_of([4, 2]) == [4, 2]
     assert flat_axis({"a": {"b": [1], "c": {"d": [2, 3]}}}) == {"a.b": [1], "a.c.d": [2, 3]}
+
+
+def test_settings_that_validation_chooses_from_are_counted():
+    """Axes of data are comparisons of their own, and no choice."""
+    rates, fractions = "++axis.optimizer.learning_rate=[0.01,0.02,0.03]", "++axis.data.valid_fraction=[0.5,1.0]"
+    assert settings_tried(compose(rates, fractions)) == 3
+    assert settings_tried(compose(fractions)) == settings_tried(compose()) == 0
 
 
 def test_an_axis_that_an_arm_does_not_have_is_none_of_its_own(shared):

@@ -27,6 +27,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "count": ("poisson_deviance", "rmse", "mae"),
     "zero_inflated": ("rmse", "mae", "auc"),
 }
+LOWER_IS_BETTER = ("logloss", "ne", "ece_width_10", "ece_mass_20", "rmse", "mae", "poisson_deviance")
 
 
 class Value(NamedTuple):

@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mtl_jax.report.selection import LOWER_IS_BETTER
+from mtl_jax.metrics.kinds import LOWER_IS_BETTER
 
 
 class State(NamedTuple):
@@ -99,7 +99,7 @@ class Board:
             return State(0.0)
         steps = f"{progress['steps']}/{progress['total']} steps"
         share = min(progress["steps"] / max(progress["total"], 1), 0.999)
-        return State(share, progress["monitor"], progress["name"], f"epoch {progress['epoch']}, {steps}")
+        return State(share, progress["monitor"], progress.get("name"), f"epoch {progress['epoch']}, {steps}")
 
     def _runs_again(self, run_id: str) -> bool:
         """Whether a run that has failed is under way once more: its record stays until the new one is there."""

@@ -5,11 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mtl_jax.metrics.kinds import LOWER_IS_BETTER
 from mtl_jax.report.rows import Candidate
 from mtl_jax.report.statistics import summary
-
-LOWER_IS_BETTER = ("logloss", "ne", "ece_width_10", "ece_mass_20", "rmse", "mae", "poisson_deviance")
-"""Metrics for which a lower monitor is better, where a run is not monitored by the metric that its task declares."""
 
 Member = Mapping[str, Any]
 Record = Mapping[str, Any]

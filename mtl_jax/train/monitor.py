@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from mtl_jax import metrics
 from mtl_jax.errors import ConfigError
-from mtl_jax.metrics.tasks import METRICS
+from mtl_jax.metrics.kinds import LOWER_IS_BETTER, METRICS
 from mtl_jax.tasks import Task
 
 MEAN_GAIN = "mean_gain"
-LOWER_IS_BETTER = ("logloss", "ne", "ece_width_10", "ece_mass_20", "rmse", "mae", "poisson_deviance")
 NOT_ORDERED = ("pcoc",)
 
 

@@ -18,12 +18,12 @@ from mtl_jax import metrics
 from mtl_jax.data.batching import epoch_order
 from mtl_jax.errors import ConfigError, Interrupted, TrainingError
 from mtl_jax.train.loop import run_steps
-from mtl_jax.train.predict import flops_per_example, predict_stack
+from mtl_jax.train.predict import predict_stack
 from mtl_jax.train.result import Position, Result
 from mtl_jax.train.session import nonfinite
 from mtl_jax.train.setup import Member, Setup
 from mtl_jax.train.stages import Stage
-from mtl_jax.train.state import Params, TrainState, count_parameters, shapes_of
+from mtl_jax.train.state import Params, TrainState, shapes_of
 from mtl_jax.train.step import Numbers, Step, Sums
 
 AXIS = "run"
@@ -371,25 +371,14 @@ class RunStack:
         compiling: float,
     ) -> Result:
         """As of the same run alone; its seconds are its share of the stack's."""
-        functional, arrays = self.step.functional, jax.device_put(jax.device_get(_of_member(stacked, number)))
-        values, support = measured
-        return Result(
-            model=functional.merge(arrays),
-            metrics={"valid": values},
-            support={"valid": support},
-            history=position.history,
-            monitor=position.selection(self.stages[0].monitors[0], values),
-            timing={
-                "examples_per_second": position.examples / max(position.train_seconds, 1e-9),
-                "compile_seconds": compiling,
-                "wall_seconds": seconds,
-                "steps": int(jax.device_get(state.step)[number]),
-            },
-            params=count_parameters({path: arrays[path] for path in functional.param_paths})
-            | {"flops_per_example": flops_per_example(functional, arrays, self.setup.valid)},
-            diagnostics={"task_weights": position.last("weight"), "skipped_steps": position.skipped}
-            | self.setup.facts(self.members[number]),
-            table_updates=self.setup.choose_tables(self.models[number]),
+        return self.setup.result(
+            self.members[number],
+            self.step.functional.merge(jax.device_put(jax.device_get(_of_member(stacked, number)))),
+            measured,
+            position,
+            steps=int(jax.device_get(state.step)[number]),
+            seconds=seconds,
+            compiling=compiling,
         )
 
 

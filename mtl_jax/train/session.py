@@ -15,10 +15,10 @@ from mtl_jax.errors import Interrupted, RunFolderError, TrainingError
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.train.loop import run_steps
 from mtl_jax.train.parallel import compile_step
-from mtl_jax.train.predict import flops_per_example, predict
+from mtl_jax.train.predict import predict
 from mtl_jax.train.result import Position, Result
 from mtl_jax.train.setup import Member, Setup
-from mtl_jax.train.state import Params, TrainState, count_parameters, shapes_of
+from mtl_jax.train.state import Params, TrainState, shapes_of
 from mtl_jax.train.step import Numbers, Step, Sums
 
 
@@ -228,23 +228,14 @@ class Session:
         values, support = self.measure(arrays)
         if self.devices.number > 1:  # a model for one device
             arrays = jax.device_put(jax.device_get(arrays))
-        return Result(
-            model=functional.merge(arrays),
-            metrics={"valid": values},
-            support={"valid": support},
-            history=position.history,
-            monitor=position.selection(self.stages[0].monitors[0], values),
-            timing={
-                "examples_per_second": position.examples / max(position.train_seconds, 1e-9),
-                "compile_seconds": self.setup.claim_compile_seconds(),
-                "wall_seconds": seconds,
-                "steps": int(jax.device_get(state.step)),
-            },
-            params=count_parameters({path: arrays[path] for path in functional.param_paths})
-            | {"flops_per_example": flops_per_example(functional, arrays, self.setup.valid)},
-            diagnostics={"task_weights": position.last("weight"), "skipped_steps": position.skipped}
-            | self.setup.facts(self.member),
-            table_updates=self.setup.choose_tables(self.model),
+        return self.setup.result(
+            self.member,
+            functional.merge(arrays),
+            (values, support),
+            position,
+            steps=int(jax.device_get(state.step)),
+            seconds=seconds,
+            compiling=self.setup.claim_compile_seconds(),
         )
 
     def _raise_nonfinite(self, sums: Sums, state: TrainState, position: Position) -> None:

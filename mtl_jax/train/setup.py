@@ -24,9 +24,11 @@ from mtl_jax.train.monitor import check_monitor
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.optimizer import Optimizer, as_optimizer
 from mtl_jax.train.parallel import Devices
+from mtl_jax.train.predict import flops_per_example
 from mtl_jax.train.progress import Observer, Quiet
+from mtl_jax.train.result import Position, Result
 from mtl_jax.train.stages import Stage, stages_of
-from mtl_jax.train.state import TrainState
+from mtl_jax.train.state import Functional, TrainState, count_parameters
 from mtl_jax.train.step import Step
 
 
@@ -207,10 +209,53 @@ class Setup:
         """The checkpoints in a folder, which tell other data and seeds from these."""
         return None if path is None else Checkpoints(path, identity={"data": self.data.identity, "seed": str(seed)})
 
-    def facts(self, member: Member) -> dict[str, Any]:
-        """For the diagnostics of a result."""
+    def result(
+        self,
+        member: Member,
+        model: MultiTaskModel,
+        measured: tuple[dict[str, Any], dict[str, Any]],
+        position: Position,
+        *,
+        steps: int,
+        seconds: float,
+        compiling: float,
+    ) -> Result:
+        """What a member ends in.
+
+        Args:
+          member: The run.
+          model: With the selected parameters.
+          measured: Its metrics on validation and what they were computed from.
+          position: Where the run stands.
+          steps: Updates of the whole run.
+          seconds: It took.
+          compiling: Seconds of compilation that it bears.
+        """
+        values, support = measured
+        functional, params, rest = Functional.of(model)
         weighted = self.options.weighted_heads(member.balancer)
-        return {"scope": self.options.scope, "head_gradient": "weighted" if weighted else "plain"}
+        return Result(
+            model=model,
+            metrics={"valid": values},
+            support={"valid": support},
+            history=position.history,
+            monitor=position.selection(self.stages[0].monitors[0], values),
+            timing={
+                "examples_per_second": position.examples / max(position.train_seconds, 1e-9),
+                "compile_seconds": compiling,
+                "wall_seconds": seconds,
+                "steps": steps,
+            },
+            params=count_parameters(params)
+            | {"flops_per_example": flops_per_example(functional, params | rest, self.valid)},
+            diagnostics={
+                "scope": self.options.scope,
+                "head_gradient": "weighted" if weighted else "plain",
+                "task_weights": position.last("weight"),
+                "skipped_steps": position.skipped,
+            },
+            table_updates=self.choose_tables(model),
+        )
 
 
 def _table_updates(

@@ -130,19 +130,15 @@ def plan_axis(setup: Setup, members: Sequence[Member], *, axis: str = "auto", ch
         )
     if axis == "map" or len(members) == 1 or setup.devices.axis is not None:
         return Plan("map", 1)
+    if axis == "vmap":
+        return _together(setup, members, chunk)
     alone = Session(setup, members[0])
     state = alone.enter(0, alone.model)
     alone.compile(state)
-    each, free = _member_bytes(alone, state), _free_bytes()
-    fits = len(members) if free is None else max(1, int(MEMORY_FRACTION * free / each))
-    # Chunks of one size share a program; the last one is filled up with members that do not run.
-    most = min(len(members), fits, chunk or len(members))
-    size = math.ceil(len(members) / math.ceil(len(members) / most))
-    size = setup.devices.multiple(size)
+    each, free = _held_bytes(state) + _temporary_bytes(alone.program), _free_bytes()
+    size = _places(setup, len(members), each, free, chunk)
     if size == 1:
         return Plan("map", 1, each, free)
-    if axis == "vmap":
-        return Plan("vmap", size, each, free)
     seconds = {"map": _measured(alone.program, setup, state, alone.numbers())}
     stack = RunStack(setup, members[:size], size=size)
     stacked = stack.enter(0)
@@ -173,12 +169,39 @@ def _alone(setup: Setup, member: Member) -> Result | TrainingError:
         return error
 
 
-def _member_bytes(session: Session, state: Any) -> int:
-    """What one more member takes: its state, the copy that selection keeps, and what a step needs on the side."""
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    chosen = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.tables, state.rest)))
-    memory = session.program.memory_analysis()
-    return held + chosen + (memory.temp_size_in_bytes if memory else 0)
+def _together(setup: Setup, members: Sequence[Member], chunk: int | None) -> Plan:
+    """The plan under ``vmap``: as many as their states let, fewer where the program they share needs more than that."""
+    _, state = setup.build(members[0], setup.stages[0], members[0].model())
+    each, free = _held_bytes(state), _free_bytes()
+    size = _places(setup, len(members), each, free, chunk)
+    while size > 1:
+        stack = RunStack(setup, members[:size], size=size)
+        stack.compile(stack.enter(0))
+        each = _held_bytes(state) + _temporary_bytes(stack.program) // size
+        fitting = _places(setup, len(members), each, free, chunk)
+        if fitting >= size:
+            return Plan("vmap", size, each, free)
+        size = fitting
+    return Plan("map", 1, each, free)
+
+
+def _places(setup: Setup, num_members: int, each: int, free: int | None, chunk: int | None) -> int:
+    """Members of a chunk. Chunks of one size share a program; the last one is filled up with members that do not run."""
+    fits = num_members if free is None else max(1, int(MEMORY_FRACTION * free / each))
+    most = min(num_members, fits, chunk or num_members)
+    return setup.devices.multiple(math.ceil(num_members / math.ceil(num_members / most)))
+
+
+def _held_bytes(state: Any) -> int:
+    """What one more member holds: its state, and the copy that selection keeps."""
+    chosen = (state.params, state.tables, state.rest)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves((state, chosen)))
+
+
+def _temporary_bytes(program: Any) -> int:
+    """What a program needs on the side."""
+    memory = program.memory_analysis()
+    return memory.temp_size_in_bytes if memory else 0
 
 
 def _free_bytes() -> int | None:

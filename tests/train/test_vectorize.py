@@ -206,10 +206,27 @@ def test_the_plan_fits_memory_and_follows_the_measurement(setup, grid, grid_alon
     assert plan.seconds.keys() == {"map", "vmap"}
     assert plan.axis == min(plan.seconds, key=plan.seconds.get)
     assert plan.member_bytes > 2 * sum(array.nbytes for array in arrays(grid_alone[0]).values())
-    monkeypatch.setattr("mtl_jax.train.vectorize._free_bytes", lambda: 3 * plan.member_bytes)
+    each = plan_axis(setup, members, axis="vmap").member_bytes
+    monkeypatch.setattr("mtl_jax.train.vectorize._free_bytes", lambda: 3 * each)
     assert plan_axis(setup, members, axis="vmap").chunk == 2  # 80 % of three members
+
+
+def test_a_chunk_that_needs_more_than_its_states_is_cut_down(setup, grid, monkeypatch):
+    """Of two members, whose states fit, the program wants more on the side than there is."""
+    members = grid[:2]
+    held = plan_axis(setup, members[:2], axis="vmap", chunk=2).member_bytes
+    monkeypatch.setattr("mtl_jax.train.vectorize._free_bytes", lambda: 10 * held)
+    monkeypatch.setattr("mtl_jax.train.vectorize._temporary_bytes", lambda program: 20 * held)
+    assert plan_axis(setup, members, axis="vmap").axis == "map"
+    monkeypatch.undo()
+    assert plan_axis(setup, members, axis="vmap").chunk == 2
+
+
+def test_members_without_room_for_two_run_alone(setup, grid, grid_alone, monkeypatch):
+    members, plan = grid[:3], plan_axis(setup, grid[:3])
     monkeypatch.setattr("mtl_jax.train.vectorize._free_bytes", lambda: plan.member_bytes)
-    assert plan_axis(setup, members, axis="vmap") == Plan("map", 1, plan.member_bytes, plan.member_bytes)
+    too_many = plan_axis(setup, members, axis="vmap")
+    assert (too_many.axis, too_many.chunk, too_many.free_bytes) == ("map", 1, plan.member_bytes)
 
 
 def test_members_that_differ_in_more_than_numbers_are_refused(data, setup, member):

@@ -1,5 +1,6 @@
 """From a configuration to checked parts: everything of a run that needs no data, and the model that needs its schema."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ PARALLEL_KEYS = ("strategy", "devices")
 NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "towers")
 MODEL_PARTS = {"encoder": nnx.Module, "sharing": Strategy, "towers": nnx.Module}
 MAX_SEED = 2**32 - 1
-OPTION_KEYS = ("scope", "head_gradient", "jacobian")
+OPTION_KEYS = tuple(field.name for field in dataclasses.fields(BalancingOptions))
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -22,9 +22,10 @@ class AsOptaxState(NamedTuple):
 def as_optax(balancer: Balancer, num_tasks: int, *, seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """The balancer as the first link of an optax chain over the shared parameters.
 
-    Its updates are the gradients of all tasks, the parameters with a leading task axis; what it passes on has the shape
-    of the parameters. Parameters of one task's head need an optimizer of their own, and gradient accumulation
-    (``optax.MultiSteps``) belongs around each task's gradient, not around this chain.
+    Its updates are the gradients of all tasks, the parameters with a leading task axis; a method of several batches wants
+    those of each, [3, T, ...]. What it passes on has the shape of the parameters. Parameters of one task's head need an
+    optimizer of their own, and gradient accumulation (``optax.MultiSteps``) belongs around each task's gradient, not
+    around this chain.
 
     Args:
       balancer: The method.
@@ -32,11 +33,13 @@ def as_optax(balancer: Balancer, num_tasks: int, *, seed: int = 0) -> optax.Grad
       seed: Step t of a stochastic method draws from ``jax.random.fold_in(jax.random.key(seed), t)``, t = 0, 1, ...
 
     Returns:
-      A transformation with the extra arguments ``losses=`` (f[T], for methods that read them) and ``active=``
-      (bool[T], tasks with labels in the batch; all by default) of ``update``.
+      A transformation with the extra arguments ``losses=`` (f[T], for methods that read them), ``active=`` (bool[T],
+      tasks with labels in the batch; all by default) and ``losses_after=`` of ``update``: for a method that observes what
+      an update did, the losses of the previous call's batch under the parameters after that call; None in the first.
 
     Raises:
-      ConfigError: The method cannot work with so many tasks; in ``update``: losses are missing, or the task axis is.
+      ConfigError: The method cannot work with so many tasks, or not in a loop that has no epochs or representation; in
+        ``update``: losses are missing, or the task axis is.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -51,17 +54,31 @@ def as_optax(balancer: Balancer, num_tasks: int, *, seed: int = 0) -> optax.Grad
     if not isinstance(balancer, Balancer):
         raise ConfigError(f"as_optax got {balancer!r}; expected a balancer. Call the method first, as in pcgrad()")
     check_num_tasks(balancer, num_tasks)
+    name = type(balancer).__name__
+    if balancer.by_epoch:
+        raise ConfigError(
+            f"'{name}' waits for the end of an epoch, which an optax chain never hears of. Set period=n steps"
+        )
+    if balancer.scopes is not None:
+        raise ConfigError(
+            f"'{name}' works on gradients of a representation, row by row, and an optax chain sees those of parameters. "
+            "Use it as the balancer of mtl_jax.train.fit"
+        )
 
     def init(params):
         return AsOptaxState(jnp.zeros([], jnp.int32), balancer.init(num_tasks, params))
 
     # optax hands every link of a chain the extra arguments of all, so those of others have to pass.
-    def update(updates, state, params=None, *, losses=None, active=None, **others):
-        if (found := num_rows(updates)) != num_tasks:
+    def update(updates, state, params=None, *, losses=None, active=None, losses_after=None, **others):
+        found = num_rows(updates if balancer.num_batches == 1 else jax.tree.map(lambda leaf: leaf[0], updates))
+        if found != num_tasks:
             fix = "Give it jax.jacobian of the losses, not the gradient of their sum"
-            raise ConfigError(f"as_optax got updates with leading axis {found}; expected {num_tasks} tasks. {fix}")
+            raise ConfigError(f"as_optax got updates with task axis {found}; expected {num_tasks} tasks. {fix}")
         key = jax.random.fold_in(jax.random.key(seed), state.count) if balancer.stochastic else None
-        direction, inner = aggregate(balancer, updates, state.balancer, losses=losses, key=key, active=active)
+        inner = state.balancer
+        if balancer.observes and losses_after is not None:
+            inner = balancer.observe(jnp.asarray(losses_after, float), inner)
+        direction, inner = aggregate(balancer, updates, inner, losses=losses, key=key, active=active)
         return direction, AsOptaxState(optax.safe_increment(state.count), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.rows import combine_rows, gramian, num_rows, row_dtype
+from mtl_jax.balancing.rows import combine_rows, gramian, num_rows, row_dtype, squared_row_norms
 from mtl_jax.errors import ConfigError
 
 # A row this much shorter than the longest one (1e-8, squared) carries no direction in float32.
@@ -38,15 +38,27 @@ class Balancer:
         weigh(gramian f[T, T] | None, losses f[T], state, key, *, active bool[T] | None = None) -> (weights f[T], state)
 
     which gives inactive tasks weight 0, reads none of their entries, keeps their entries of the state, and counts only
-    active tasks where its formula has their number. Call it through :func:`weigh`.
+    active tasks where its formula has their number. Call it through :func:`weigh`. A method that acts entry by entry
+    (``needs = "jacobian"``) has no weights and defines instead, under the same rules::
+
+        combine(jacobian, losses f[T], state, key, *, active bool[T] | None = None) -> (direction, state)
+
+    with a pytree whose leaves lead with a task axis. Call it through :func:`combine`.
 
     Attributes:
-      needs: ``losses`` or ``gramian``: what has to be computed before ``weigh``; the other one may be absent.
+      needs: ``losses``, ``gramian`` or ``jacobian``: what has to be computed before the call; others may be absent.
       reads_losses: Whether the values of the losses matter.
-      stochastic: Whether ``weigh`` draws from its key; otherwise the key may be None.
+      stochastic: Whether the method draws from its key; otherwise the key may be None.
       min_tasks: Fewest tasks that the method is defined for.
-      num_batches: Independent batches a step needs.
+      num_batches: Independent batches a step needs. With several, Jacobians lead with a batch axis before the task
+        axis, and the weights act on the last batch.
       homogeneity: h in :math:`d(sJ) = s^h d(J)` for s > 0; None where there is none.
+      scaling: Length of d for T equal gradients g: that of their ``sum``, of their ``mean``, or ``own``, a length that
+        the method defines otherwise.
+      scopes: Scopes of a train step that the method is defined for; None: no restriction of its own.
+      observes: Whether ``observe`` is to be called after the update, with the losses of the same batch.
+      has_parameter_state: Whether the state has entries for each parameter: ``init`` needs their template, and the
+        columns of the Jacobian have to be parameters, not rows of a batch.
       weighted_heads: What ``head_gradient: auto`` gives a task's own parameters: its gradient times its weight (True),
         as where the method descends :math:`\sum_i w_i L_i`, or its plain gradient (False).
     """
@@ -57,11 +69,50 @@ class Balancer:
     min_tasks: ClassVar[int] = 1
     num_batches: ClassVar[int] = 1
     homogeneity: ClassVar[float | None] = 1
+    scaling: ClassVar[str] = "own"
+    scopes: ClassVar[tuple[str, ...] | None] = None
+    observes: ClassVar[bool] = False
+    has_parameter_state: ClassVar[bool] = False
     weighted_heads: ClassVar[bool] = False
 
+    @property
+    def by_epoch(self) -> bool:
+        """Whether the method waits for ``end_epoch``; elsewhere it counts its own steps."""
+        return False
+
     def init(self, num_tasks: int, params: PyTree | None = None) -> Any:
-        """State before the first step; ``params`` is a template of the shared parameters."""
+        """State before the first step; ``params`` is a template of the parameters in the scope."""
         return NoState()
+
+    def products(self, jacobian: PyTree[Float[Array, "..."]]) -> Float[Array, "..."]:
+        """What ``weigh`` receives as ``gramian``: sums over columns, so that disjoint columns may be added up."""
+        return gramian(jacobian)
+
+    def squared_norms(self, products: Float[Array, "..."]) -> Float[Array, " task"]:
+        """Squared lengths of the rows, as far as the products tell; a task without a length is left out of a step."""
+        return jnp.diagonal(products)
+
+    def observe(
+        self, losses_after: Float[Array, " task"], state: Any, *, active: Bool[Array, " task"] | None = None
+    ) -> Any:
+        """The state once the losses of the same batch after the update are known."""
+        return state
+
+    def end_epoch(self, state: Any) -> Any:
+        """The state once an epoch has ended."""
+        return state
+
+    def weights_outside(self, losses: Float[Array, " task"], state: Any) -> Float[Array, " task"]:
+        """Weights for shared parameters outside of the scope, of a method that acts entry by entry inside of it."""
+        return jnp.ones_like(losses)
+
+    def head_weights(self, losses: Float[Array, " task"], state: Any) -> Float[Array, " task"]:
+        """What such a method multiplies the gradient of a task's own parameters by, where heads are weighted."""
+        return self.weights_outside(losses, state)
+
+    def diagnostics(self, state: Any) -> dict[str, Float[Array, ""]]:
+        """Scalars about the latest call, such as the residual of a solver, for the history of a run."""
+        return {}
 
     def for_tasks(self, tasks: Sequence[TaskLike]) -> "Balancer":
         """The same method with what it takes from the tasks' names and kinds filled in.
@@ -111,8 +162,7 @@ def weigh(
         gramian = jax.lax.stop_gradient(only_active(gramian, active))
         finite &= jnp.all(jnp.isfinite(gramian))
         if balancer.needs == "gramian":
-            squared_norms = jnp.diagonal(gramian)
-            null = active & (squared_norms <= NULL_SQUARED * jnp.max(squared_norms))
+            null = _null_rows(balancer.squared_norms(gramian), active)
             gramian = only_active(gramian, ~null & finite)
     # A step with a non-finite entry is one without tasks: no method has to cope with NaN.
     usable = active & ~null & finite
@@ -121,8 +171,33 @@ def weigh(
     finite &= jnp.all(jnp.isfinite(weights))
     keep = ~finite | ~jnp.any(usable)
     weights = jnp.where(keep, 0, weights)
-    state = jax.tree.map(lambda old, new: jnp.where(keep, old, new), state, new_state)
-    return weights, state, {"null_rows": jnp.sum(null, dtype=jnp.int32), "nonfinite": ~finite}
+    return weights, _kept(keep, state, new_state), {"null_rows": jnp.sum(null, dtype=jnp.int32), "nonfinite": ~finite}
+
+
+def combine(
+    balancer: Balancer,
+    jacobian: PyTree[Float[Array, "task ..."]],
+    losses: Float[Array, " task"],
+    state: Any,
+    key: PRNGKeyArray | None,
+    active: Bool[Array, " task"] | None = None,
+) -> tuple[PyTree[Float[Array, "..."]], Any, dict[str, Array]]:
+    """Direction of one step of a method that acts entry by entry, under the rules of :func:`weigh`."""
+    active = jnp.ones(losses.shape, bool) if active is None else active
+    losses = jax.lax.stop_gradient(jnp.where(active, losses, 0))
+    jacobian = jax.lax.stop_gradient(only_active_rows(jacobian, active))
+    squares = squared_row_norms(jacobian)
+    finite = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(squares))
+    null = _null_rows(squares, active)
+    usable = active & ~null & finite
+    direction, new_state = balancer.combine(
+        only_active_rows(jacobian, usable), jnp.where(usable, losses, 0), state, key, active=usable
+    )
+    for leaf in jax.tree.leaves(direction):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    keep = ~finite | ~jnp.any(usable)
+    direction = jax.tree.map(lambda leaf: jnp.where(keep, 0, leaf).astype(leaf.dtype), direction)
+    return direction, _kept(keep, state, new_state), {"null_rows": jnp.sum(null, dtype=jnp.int32), "nonfinite": ~finite}
 
 
 def aggregate(
@@ -158,7 +233,7 @@ def aggregate(
       >>> print(direction["kernel"], direction["bias"])
       [4. 6.] 11.0
     """
-    num_tasks = num_rows(jacobian)
+    num_tasks = _num_tasks(balancer, jacobian)
     check_num_tasks(balancer, num_tasks)
     losses = _losses(balancer, losses, num_tasks, row_dtype(jacobian))
     if balancer.stochastic and key is None:
@@ -168,14 +243,30 @@ def aggregate(
     if active is not None:
         active = jnp.asarray(active, bool)
         _check_per_task("active", active, num_tasks)
-    products = gramian(jacobian) if balancer.needs == "gramian" else None
+    if balancer.needs == "jacobian":
+        return combine(balancer, jacobian, losses, state, key, active)[:2]
+    products = balancer.products(jacobian) if balancer.needs == "gramian" else None
     weights, state, _ = weigh(balancer, products, losses, state, key, active)
-    return combine_rows(weights, jacobian), state
+    last = jax.tree.map(lambda leaf: leaf[-1], jacobian) if balancer.num_batches > 1 else jacobian
+    return combine_rows(weights, last), state
 
 
-def only_active(gramian: Float[Array, "task task"], active: Bool[Array, " task"] | None) -> Float[Array, "task task"]:
-    """The Gramian with the rows and columns of inactive tasks set to 0."""
-    return gramian if active is None else jnp.where(active[:, None] & active, gramian, 0)
+def only_active(gramian: Float[Array, "task ..."], active: Bool[Array, " task"] | None) -> Float[Array, "task ..."]:
+    """The products with those of inactive tasks set to 0: rows and columns of a Gramian, else rows."""
+    if active is None:
+        return gramian
+    if gramian.ndim == 2:
+        return jnp.where(active[:, None] & active, gramian, 0)
+    return only_active_rows(gramian, active)
+
+
+def only_active_rows(
+    jacobian: PyTree[Float[Array, "task ..."]], active: Bool[Array, " task"] | None
+) -> PyTree[Float[Array, "task ..."]]:
+    """The task gradients with those of inactive tasks set to 0."""
+    if active is None:
+        return jacobian
+    return jax.tree.map(lambda rows: jnp.where(active.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0), jacobian)
 
 
 def num_active(active: Bool[Array, " task"] | None, num_tasks: int) -> int | Int[Array, ""]:
@@ -188,6 +279,26 @@ def check_num_tasks(balancer: Balancer, num_tasks: int) -> None:
     if num_tasks < balancer.min_tasks:
         expectation = f"got {num_tasks} tasks; expected at least {balancer.min_tasks}"
         raise ConfigError(f"{_name(balancer)} {expectation}. Add tasks or choose another balancing")
+
+
+def _num_tasks(balancer, jacobian):
+    if balancer.num_batches == 1:
+        return num_rows(jacobian)
+    if (found := num_rows(jacobian)) != balancer.num_batches:
+        expectation = f"expected leaves [{balancer.num_batches}, T, ...]"
+        raise ConfigError(
+            f"{_name(balancer)} got a jacobian with leading axis {found}; {expectation}. Stack the Jacobians of "
+            f"{balancer.num_batches} independent batches"
+        )
+    return num_rows(jax.tree.map(lambda leaf: leaf[0], jacobian))
+
+
+def _null_rows(squared_norms, active):
+    return active & (squared_norms <= NULL_SQUARED * jnp.max(squared_norms))
+
+
+def _kept(keep, state, new_state):
+    return jax.tree.map(lambda old, new: jnp.where(keep, old, new), state, new_state)
 
 
 def _losses(balancer, losses, num_tasks, dtype):

@@ -60,6 +60,10 @@ class Equal(Balancer):
     needs: ClassVar = "losses"
     weighted_heads: ClassVar = True
 
+    @property
+    def scaling(self) -> str:
+        return self.reduction
+
     def weigh(
         self,
         gramian: Float[Array, "task task"] | None,

@@ -57,6 +57,7 @@ def pcgrad() -> Balancer:
 @dataclasses.dataclass(frozen=True)
 class PCGrad(Balancer):
     needs: ClassVar = "gramian"
+    scaling: ClassVar = "sum"
     stochastic: ClassVar = True
     homogeneity: ClassVar = 1
 

@@ -24,6 +24,18 @@ def gramian(jacobian: PyTree[Float[Array, "task ..."]]) -> Float[Array, "task ta
     return functools.reduce(jnp.add, map(_products, rows))
 
 
+def squared_row_norms(jacobian: PyTree[Float[Array, "task ..."]]) -> Float[Array, " task"]:
+    """Squared lengths of the task gradients, the diagonal of :func:`gramian` without the rest."""
+    num_tasks = num_rows(jacobian)
+    rows = (leaf.reshape(num_tasks, -1).astype(_accumulator(leaf)) for leaf in jax.tree.leaves(jacobian))
+    return functools.reduce(jnp.add, (jnp.sum(row * row, axis=1) for row in rows))
+
+
+def zeros_per_task(params: PyTree[Float[Array, "..."]], num_tasks: int) -> PyTree[Float[Array, "task ..."]]:
+    """A state with an entry for each task and parameter, all 0, in the type of :func:`row_dtype`."""
+    return jax.tree.map(lambda leaf: jnp.zeros((num_tasks, *jnp.shape(leaf)), _accumulator(leaf)), params)
+
+
 def combine_rows(
     weights: Float[Array, " task"], jacobian: PyTree[Float[Array, "task ..."]]
 ) -> PyTree[Float[Array, "..."]]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from mtl_jax.data.batching import take
+from mtl_jax.train.direction import diagnostic_names
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Numbers, Step, Sums
 
@@ -38,6 +39,7 @@ def run_steps(step: Step) -> Run:
             state, added = one(state, take(data, order[index]))
             return state, jax.tree.map(jnp.add, sums, added)
 
-        return jax.lax.fori_loop(0, num_steps, body, (state, Sums.zeros(len(step.tasks))))
+        sums = Sums.zeros(len(step.tasks), diagnostic_names(step.balancer, state.balancer))
+        return jax.lax.fori_loop(0, num_steps, body, (state, sums))
 
     return run

@@ -70,8 +70,12 @@ class Position:
     def add(self, sums: Sums) -> None:
         """Adds what one call summed up, in float64."""
         for name, value in sums._asdict().items():
-            total = np.asarray(value, np.float64) + np.asarray(self.sums.get(name, 0.0))
-            self.sums[name] = total.tolist()
+            if isinstance(value, Mapping):
+                known = self.sums.get(name, {})
+                self.sums[name] = {key: float(number) + known.get(key, 0.0) for key, number in value.items()}
+            else:
+                total = np.asarray(value, np.float64) + np.asarray(self.sums.get(name, 0.0))
+                self.sums[name] = total.tolist()
         self.skipped += int(sums.skipped)
 
     def mean_losses(self) -> np.ndarray:
@@ -105,6 +109,9 @@ class Position:
             if compared:
                 mean = self.sums["cosines"][one][other] / compared
                 self._record(at, "train", None, f"cosine {tasks[one]} {tasks[other]}", mean)
+        for name, total in self.sums["diagnostics"].items():
+            if name != "negative_weights" or total:
+                self._record(at, "train", None, name, total / max(self.sums["steps"], 1))
         self._record(at, "valid", None, monitor.name, monitor.value(values))
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
 

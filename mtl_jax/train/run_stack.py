@@ -171,6 +171,7 @@ class RunStack:
         while self.going(positions):
             state = self.run_epoch(state, best, positions, clock)
             best = self.close_epoch(state, best, positions, clock)
+            state = self.end_epoch(state)
             self.save(state, best, positions, clock)
         return state, best
 
@@ -191,7 +192,7 @@ class RunStack:
                     out_specs=self.spec,
                     check_vma=False,
                 )
-            shape = (self.setup.steps_per_call, self.setup.padded_size)
+            shape = (self.setup.steps_per_call, self.setup.padded_size(self.members[0]))
             order = self.place_orders([np.zeros(shape, np.int32)] * len(self.members))
             return jax.jit(run, donate_argnums=0).lower(state, self.setup.train, order, np.int32(0), self.numbers)
 
@@ -208,7 +209,7 @@ class RunStack:
             going = self.going(positions)
             parts = [order[clock.step : clock.step + steps_per_call] for order in orders]
             count, examples = len(parts[0]), int((parts[0] >= 0).sum())
-            padding = ((0, steps_per_call - count), (0, self.setup.padded_size - parts[0].shape[1]))
+            padding = ((0, steps_per_call - count), (0, self.setup.padded_size(self.members[0]) - parts[0].shape[1]))
             rows = self.place_orders([np.pad(part, padding, constant_values=-1) for part in parts])
             state = self.freeze(state, going)
             state, sums = self.program(state, self.setup.train, rows, np.int32(count), self.numbers)
@@ -283,6 +284,13 @@ class RunStack:
                 history=position.history,
             )
         return self.keep(best, arrays, stage, improved)
+
+    def end_epoch(self, state: TrainState) -> TrainState:
+        """Lets the balancer of each member know."""
+        if not self.step.balancer.by_epoch:
+            return state
+        ended = jax.vmap(lambda numbers, state: self.step.with_numbers(numbers).end_epoch(state).balancer)
+        return state._replace(balancer=self.place(ended(self.numbers, state)))
 
     def judge(self, position: Position, values: Mapping[str, Any], at: int) -> list:
         """The monitors for which this evaluation is the member's best so far."""

@@ -100,7 +100,7 @@ class Session:
             self.compile(state)
         while not position.finished:
             state = self.run_epoch(state, position)
-            state = self.close_epoch(state, position)
+            state = self.end_epoch(self.close_epoch(state, position))
             stopped = all(
                 position.out_of_patience(m, self.setup.patience) for m in self.stages[position.stage].monitors
             )
@@ -112,7 +112,9 @@ class Session:
         """Finds or makes the program of the stage under way."""
 
         def lower() -> Any:
-            order = self.devices.spread(np.zeros((self.setup.steps_per_call, self.setup.padded_size), np.int32))
+            order = self.devices.spread(
+                np.zeros((self.setup.steps_per_call, self.setup.padded_size(self.member)), np.int32)
+            )
             program = compile_step(run_steps(self.step), self.devices, rows=(2,))
             return program.lower(state, self.setup.train, order, self.devices.replicate(np.int32(0)), self.numbers())
 
@@ -133,7 +135,7 @@ class Session:
         while position.step < len(order):
             start = time.perf_counter()
             part = order[position.step : position.step + steps_per_call]
-            padding = ((0, steps_per_call - len(part)), (0, self.setup.padded_size - part.shape[1]))
+            padding = ((0, steps_per_call - len(part)), (0, self.setup.padded_size(self.member) - part.shape[1]))
             rows = self.devices.spread(np.pad(part, padding, constant_values=-1))
             count = self.devices.replicate(np.int32(len(part)))
             state, sums = self.program(state, self.setup.train, rows, count, numbers)
@@ -183,6 +185,11 @@ class Session:
         if self.observer.wants_arrays:
             self.observer.parameters(at, arrays)
         return state
+
+    def end_epoch(self, state: TrainState) -> TrainState:
+        """Lets the balancer know; its numbers are those of the member."""
+        ended = self.step.end_epoch(state)
+        return state if ended is state else state._replace(balancer=self.devices.replicate(ended.balancer))
 
     def judge(
         self, state: TrainState, position: Position, arrays: Params, values: Mapping[str, Any], at: int

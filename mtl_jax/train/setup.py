@@ -76,7 +76,6 @@ class Setup:
       options: Scope and head gradient of the balancers.
       epochs: Most epochs of a stage.
       batch_size: Rows of a step.
-      padded_size: Rows of a step with its padding, which the devices and micro-batches divide.
       patience: Evaluations without a better monitor before a stage ends; 0: never.
       steps_per_call: Steps between two looks at the device.
       micro_batches: Parts of a step.
@@ -98,7 +97,6 @@ class Setup:
     options: BalancingOptions
     epochs: int
     batch_size: int
-    padded_size: int
     patience: int
     steps_per_call: int
     micro_batches: int
@@ -147,7 +145,6 @@ class Setup:
                 "Lower it"
             )
         trivial = metrics.baselines.evaluate_baselines(data, data.valid, names=("global_mean",))["global_mean"]
-        parts = where.number * micro_batches
         return cls(
             data=data,
             train=where.replicate(as_batch(data.train)),
@@ -157,7 +154,6 @@ class Setup:
             options=options,
             epochs=epochs,
             batch_size=batch_size,
-            padded_size=math.ceil(batch_size / parts) * parts,
             patience=patience,
             steps_per_call=min(steps_per_call, math.ceil(data.train.num_rows / batch_size)),
             micro_batches=micro_batches,
@@ -168,6 +164,11 @@ class Setup:
             table_updates=table_updates,
             should_stop=should_stop,
         )
+
+    def padded_size(self, member: Member) -> int:
+        """Rows of a step with its padding, which devices, micro-batches and the batches of a balancer divide."""
+        parts = self.devices.number * self.micro_batches * member.balancer.num_batches
+        return math.ceil(self.batch_size / parts) * parts
 
     def build(self, member: Member, stage: Stage, model: MultiTaskModel, start: int = 0) -> tuple[Step, TrainState]:
         """The step of a stage, and the state before it, from the values of ``model`` after ``start`` steps."""

@@ -17,7 +17,15 @@ from mtl_jax.sharing import Strategy
 from mtl_jax.tasks import Task
 from mtl_jax.train import average, tables
 from mtl_jax.train.average import RowAverage
-from mtl_jax.train.gradients import Balanced, BalancingOptions, balanced_gradients, check_scope
+from mtl_jax.train.direction import diagnostic_names
+from mtl_jax.train.gradients import (
+    Balanced,
+    BalancingOptions,
+    balanced_gradients,
+    check_scope,
+    scope_template,
+    task_losses,
+)
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.optimizer import Optimizer, clip
 from mtl_jax.train.parallel import total
@@ -39,6 +47,7 @@ class Sums(NamedTuple):
       null_rows: Active tasks without a gradient.
       cosines: Of each pair of task gradients; 0 where either is 0 or is not computed.
       compared: Steps in which each pair had one.
+      diagnostics: Numbers of the balancer (see :func:`mtl_jax.train.direction.diagnostic_names`).
     """
 
     steps: Int[Array, ""]
@@ -50,12 +59,15 @@ class Sums(NamedTuple):
     null_rows: Int[Array, ""]
     cosines: Float[Array, "task task"]
     compared: Int[Array, "task task"]
+    diagnostics: dict[str, Float[Array, ""]]
 
     @classmethod
-    def zeros(cls, num_tasks: int) -> "Sums":
+    def zeros(cls, num_tasks: int, names: Sequence[str] = ()) -> "Sums":
         count, vector, pairs = jnp.zeros((), jnp.int32), jnp.zeros(num_tasks), (num_tasks, num_tasks)
         bad = jnp.zeros(num_tasks, jnp.int32)
-        return cls(count, vector, vector, vector, count, bad, count, jnp.zeros(pairs), jnp.zeros(pairs, jnp.int32))
+        numbers = {name: jnp.zeros(()) for name in names}
+        cosines, compared = jnp.zeros(pairs), jnp.zeros(pairs, jnp.int32)
+        return cls(count, vector, vector, vector, count, bad, count, cosines, compared, numbers)
 
 
 class Numbers(NamedTuple):
@@ -153,7 +165,7 @@ class Step:
         rest |= {path: array for path, array in params.items() if not trainable(path)}
         params = {path: array for path, array in params.items() if trainable(path)}
         balancer = balancer.for_tasks(tasks)
-        check_scope(params, balancer, options.scope)
+        check_scope(params, balancer, options, micro_batches)
         chosen = {name for name, choice in (table_updates or {}).items() if choice == tables.SPARSE}
         readers = {
             f.vocabulary: tuple(g.name for g in model.features if g.vocabulary == f.vocabulary) for f in model.features
@@ -176,7 +188,7 @@ class Step:
             tables=rows,
             row_opt={path: optimizer.rows(path).init(array) for path, array in rows.items()},
             slots={name: jnp.zeros(size, jnp.int32) for name, size in sizes.items()},
-            balancer=balancer.init(len(tasks), whole),
+            balancer=balancer.init(len(tasks), scope_template(whole, options.scope)),
             average={}
             if average is None
             else jax.tree.map(jnp.copy, whole) | {path: RowAverage.of(array, start) for path, array in rows.items()},
@@ -213,7 +225,9 @@ class Step:
         for name, features in self.sparse.items():
             inputs, slots[name], compacted[name] = tables.renumber(inputs, features, slots[name], self.axis)
         rows = {path: table[compacted[_vocabulary(path)].ids] for path, table in state.tables.items()}
-        balanced = self._balance(state, rows, inputs, batch, key)
+        before = state.params | rows
+        problem = self._problem(before, state, inputs, batch, key)
+        balanced = self._balance(before, state, problem, key)
         gradients, norm = clip(balanced.gradients, self.optimizer.clip_norm)
         finite = ~balanced.info["nonfinite"] & jnp.isfinite(norm)
         update = state.live & finite
@@ -235,6 +249,12 @@ class Step:
                 gradients[path],
                 update,
             )
+        balancer_state = balanced.state
+        if self.balancer.observes:
+            after = params | {path: table[compacted[_vocabulary(path)].ids] for path, table in new_tables.items()}
+            losses = task_losses(problem.common, problem.heads, after, **problem.rows, axis=self.axis)
+            active = (losses.denominator > 0) & update
+            balancer_state = self.balancer.observe(losses.loss, balancer_state, active=active)
         new_state = state._replace(
             step=state.step + proceed,
             params=params,
@@ -242,7 +262,7 @@ class Step:
             tables=new_tables,
             row_opt=row_opt,
             slots=slots,
-            balancer=select(balanced.state, state.balancer),
+            balancer=select(balancer_state, state.balancer),
             average=self._average(state, params, new_tables, compacted, update, proceed) if state.average else {},
             live=proceed,
         )
@@ -268,9 +288,12 @@ class Step:
             kept[path] = average.update_rows(state.average[path], old, new, rows, step, self.average, update)
         return kept
 
-    def _balance(self, state: TrainState, rows, inputs, batch, key) -> Balanced:
-        params = state.params | rows
-        denominators = {task.name: total(self.objective.denominator(task, batch), self.axis) for task in self.tasks}
+    def end_epoch(self, state: TrainState) -> TrainState:
+        """The state once an epoch has ended, for methods that wait for it."""
+        return state._replace(balancer=self.balancer.end_epoch(state.balancer)) if self.balancer.by_epoch else state
+
+    def _problem(self, params: Params, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], key) -> "_Problem":
+        """The losses of this step as functions of the parameters and of rows."""
 
         def merged(replaced):
             return self.functional.merge(self._in_precision(params | dict(replaced)), self._in_precision(state.rest))
@@ -278,20 +301,26 @@ class Step:
         def context(part):
             return Context(train=True, step=state.step, rngs=stream(part.key, "model"))
 
+        def common(below, part):
+            return merged(below).common(part.inputs, context(part))
+
         def head(task: Task):
             def loss(own, cut, part):
                 outputs = merged(own).head(task.name, cut, context(part))
                 drawn = stream(part.key, f"loss/{task.name}")
-                return self.objective(task, outputs, part.batch, denominators[task.name], drawn)
+                return self.objective(task, outputs, part.batch, part.denominators[task.name], drawn)
 
             return loss
 
+        return _Problem(common, {task.name: head(task) for task in self.tasks}, self._rows(inputs, batch, key))
+
+    def _balance(self, params: Params, state: TrainState, problem: "_Problem", key) -> Balanced:
         regularised = type(self.functional.merge(params, state.rest).sharing).regulariser is not Strategy.regulariser
         return balanced_gradients(
-            lambda below, part: merged(below).common(part.inputs, context(part)),
-            {task.name: head(task) for task in self.tasks},
+            problem.common,
+            problem.heads,
             params,
-            **self._rows(inputs, batch, key),
+            **problem.rows,
             balancer=self.balancer,
             state=state.balancer,
             key=stream(key, "balancer"),
@@ -301,17 +330,29 @@ class Step:
         )
 
     def _rows(self, inputs: Inputs, batch: Mapping[str, Any], key) -> dict[str, "_Part"]:
-        """The rows of this device, or its micro-batches, each with a key of its own for what it draws."""
+        """The rows of this device, or their parts, each with a key of its own for what it draws.
+
+        Micro-batches share the denominators of the step, and independent batches of a balancer have their own.
+        """
         if self.axis:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
-        if self.micro_batches == 1:
-            return {"part": _Part(inputs, batch, key)}
+        number = self.micro_batches * self.balancer.num_batches
+        if number == 1:
+            return {"part": _Part(inputs, batch, key, self._denominators(batch))}
 
         def cut(column):  # every n-th row, so that rows which lie on one device stay there
-            return jnp.moveaxis(column.reshape(-1, self.micro_batches, *column.shape[1:]), 1, 0)
+            return jnp.moveaxis(column.reshape(-1, number, *column.shape[1:]), 1, 0)
 
-        inputs, batch = jax.tree.map(cut, (inputs, dict(batch)))
-        return {"parts": _Part(inputs, batch, jax.random.split(key, self.micro_batches))}
+        parts, labels = jax.tree.map(cut, (inputs, dict(batch)))
+        if self.micro_batches > 1:
+            denominators = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (number,)), self._denominators(batch))
+        else:
+            denominators = jax.vmap(self._denominators)(labels)
+        return {"parts": _Part(parts, labels, jax.random.split(key, number), denominators)}
+
+    def _denominators(self, batch: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
+        """Task -> the weights of its observed labels, over all devices."""
+        return {task.name: total(self.objective.denominator(task, batch), self.axis) for task in self.tasks}
 
     def _in_precision(self, arrays: Params) -> Params:
         """The arrays that the network computes with.
@@ -349,6 +390,10 @@ class Step:
             null_rows=keep(balanced.info["null_rows"]).astype(jnp.int32),
             cosines=keep(cosines),
             compared=keep(cosines != 0).astype(jnp.int32),
+            diagnostics={
+                name: keep(balanced.info[name]).astype(jnp.float32)
+                for name in diagnostic_names(self.balancer, balanced.state)
+            },
         )
 
 
@@ -361,11 +406,20 @@ def check_numerics(precision: str, average: float | None) -> None:
 
 
 class _Part(NamedTuple):
-    """Rows that are computed together: the model's view of them, their labels, and a key."""
+    """Rows that are computed together: the model's view, their labels, a key, and what their losses are divided by."""
 
     inputs: Inputs
     batch: Mapping[str, Any]
     key: PRNGKeyArray
+    denominators: dict[str, Float[Array, ""]]
+
+
+class _Problem(NamedTuple):
+    """The losses of a step: to the cut, from the cut to each task's loss, and the rows (``part`` or ``parts``)."""
+
+    common: Callable
+    heads: dict[str, Callable]
+    rows: dict[str, _Part]
 
 
 def _vocabulary(path: str) -> str:

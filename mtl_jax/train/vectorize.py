@@ -139,11 +139,13 @@ def plan_axis(setup: Setup, members: Sequence[Member], *, axis: str = "auto", ch
     size = _places(setup, len(members), each, free, chunk)
     if size == 1:
         return Plan("map", 1, each, free)
-    seconds = {"map": _measured(alone.program, setup, state, alone.numbers())}
+    seconds = {"map": _measured(alone.program, setup, members[0], state, alone.numbers())}
     stack = RunStack(setup, members[:size], size=size)
     stacked = stack.enter(0)
     stack.compile(stacked)
-    seconds["vmap"] = _measured(stack.program, setup, stacked, stack.numbers, stack) / min(size, len(members))
+    seconds["vmap"] = _measured(stack.program, setup, members[0], stacked, stack.numbers, stack) / min(
+        size, len(members)
+    )
     best = min(seconds, key=seconds.get)
     return Plan(best, size if best == "vmap" else 1, each, free, seconds)
 
@@ -215,11 +217,13 @@ def _free_bytes() -> int | None:
         return None
 
 
-def _measured(program: Any, setup: Setup, state: Any, numbers: Any, stack: RunStack | None = None) -> float:
+def _measured(
+    program: Any, setup: Setup, member: Member, state: Any, numbers: Any, stack: RunStack | None = None
+) -> float:
     """Seconds of a step, from the fastest of a few short calls."""
     steps = min(MEASURED_STEPS, setup.steps_per_call)
-    rows = np.zeros((setup.steps_per_call, setup.padded_size), np.int32)
-    rows[:, :] = np.arange(setup.padded_size) % setup.data.train.num_rows
+    size = setup.padded_size(member)
+    rows = np.tile(np.arange(size, dtype=np.int32) % setup.data.train.num_rows, (setup.steps_per_call, 1))
     if stack is None:
         order, count = setup.devices.spread(rows), setup.devices.replicate(np.int32(steps))
     else:

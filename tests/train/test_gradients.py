@@ -9,14 +9,27 @@ import optax
 import pytest
 from flax import nnx
 
-from mtl_jax.balancing import equal, fixed, pcgrad, uncertainty
+from mtl_jax.balancing import (
+    db_mtl,
+    equal,
+    excess_mtl,
+    famo,
+    fixed,
+    graddrop,
+    mgda,
+    modo,
+    ntkmtl_sr,
+    pcgrad,
+    trimmed_mean,
+    uncertainty,
+)
 from mtl_jax.data.batching import as_batch
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
 from mtl_jax.nn import Context
 from mtl_jax.sharing import Strategy
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, Step, balanced_gradients
-from mtl_jax.train.gradients import SCOPES, check_scope
+from mtl_jax.train.gradients import SCOPES, check_scope, scope_template
 from mtl_jax.train.state import Functional
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -72,8 +85,8 @@ class World:
     def balanced(self, balancer, *, regulariser=None, **options):
         heads = {task.name: self.head(task) for task in self.tasks}
         balancer = balancer.for_tasks(self.tasks)
-        state = balancer.init(len(self.tasks))
         options = BalancingOptions(**options)
+        state = balancer.init(len(self.tasks), scope_template(self.params, options.scope))
 
         @jax.jit
         def run(params):
@@ -215,6 +228,134 @@ def test_gramian_methods(world, sharing, without, scope, options):
     assert_equal(balanced.gradients, here.expected(weights, weighted_heads=options.get("head_gradient") == "weighted"))
 
 
+@pytest.mark.parametrize(
+    ("balancer", "sharing", "without", "options"),
+    [
+        (graddrop(), "mmoe", (), {"scope": "encoder"}),
+        (graddrop(leak=0.3), "shared_bottom", ("click",), {"scope": "shared", "jacobian": "vmap"}),
+        (trimmed_mean(), "mmoe", (), {"scope": "encoder"}),
+        (db_mtl(), "shared_bottom", (), {"scope": "encoder"}),
+        (excess_mtl(), "shared_bottom", ("kind",), {"scope": "encoder"}),
+    ],
+    ids=["graddrop", "graddrop, tables", "trimmed_mean", "db_mtl", "excess_mtl"],
+)
+def test_entry_wise_methods(world, balancer, sharing, without, options):
+    """What the method makes of the brute-force Jacobian inside the scope, weighted sums outside, plain heads."""
+    here = world(sharing, without=without)
+    balanced = here.balanced(balancer, **options)
+    inside = scope_template(here.params, options["scope"])
+    rows = {path: here.jacobian[path] for path in inside}
+    direction, state = balancer.combine(rows, here.losses, balancer.init(3, inside), KEY, active=here.active)
+    weights = jnp.where(here.active, balancer.weights_outside(here.losses, state), 0)
+    assert any(label(path) == "embedding" for path in here.params)
+    assert_equal(balanced.gradients, here.expected(weights, weighted_heads=False) | direction)
+
+
+def norm_in(here, gradients, scope):
+    return np.sqrt(sum(np.sum(np.square(gradients[path])) for path in scope_template(here.params, scope)))
+
+
+@pytest.mark.parametrize("balancer", [mgda(), pcgrad(), graddrop()], ids=["mgda", "pcgrad", "graddrop"])
+def test_lengths_of_the_direction(world, balancer):
+    """Options on length change the length in the scope, and nothing else about the direction."""
+    here = world("shared_bottom")
+    native = here.balanced(balancer)
+    plain = here.expected(jnp.ones(3), weighted_heads=False)
+    length = norm_in(here, native.gradients, "encoder")
+    np.testing.assert_allclose(native.info["direction_norm"], length, rtol=1e-6)
+    for options, expected in (
+        ({"length": "unit"}, 1.0),
+        ({"length": "sum_norm"}, norm_in(here, plain, "encoder")),
+        ({"max_norm": 0.5 * length}, 0.5 * length),
+        ({"max_norm": 2.0 * length}, length),
+    ):
+        changed = here.balanced(balancer, **options)
+        for path in scope_template(here.params, "encoder"):
+            factor = expected / length
+            np.testing.assert_allclose(changed.gradients[path], factor * native.gradients[path], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(changed.info["direction_norm"], expected, rtol=1e-6)
+        np.testing.assert_allclose(changed.info["direction_cosine"], native.info["direction_cosine"], rtol=1e-6)
+
+
+def test_scales_of_sums_and_means(world):
+    here = world("shared_bottom", without=("click",))  # two tasks count
+    for balancer, scale, factor in ((mgda(), "sum", 2.0), (pcgrad(), "mean", 0.5), (mgda(), "mean", 1.0)):
+        native, changed = here.balanced(balancer), here.balanced(balancer, scale=scale)
+        np.testing.assert_allclose(changed.weights, factor * native.weights, rtol=1e-6)
+    with pytest.raises(ConfigError, match="need gradients, and 'Equal' weighs losses"):
+        check_scope(here.params, equal(), BalancingOptions(length="unit"))
+
+
+def test_diagnostics_are_those_of_the_gramian(world):
+    here = world("mmoe")
+    products = here.gramian("encoder")
+    info = here.balanced(pcgrad()).info
+    pairs = products[np.triu_indices(3, 1)]
+    np.testing.assert_allclose(info["conflict_rate"], np.mean(pairs < 0))
+    values = np.linalg.eigvalsh(products)
+    np.testing.assert_allclose(info["log10_gramian_condition"], np.log10(values[-1] / values[0]), rtol=1e-6)
+
+
+def of_rows(here, first, step):
+    """The world of every ``step``-th row."""
+    batch = jax.tree.map(lambda leaf: leaf[first::step], here.batch)
+    return World(here.functional, here.tasks, here.params, batch)
+
+
+def one_step(here, balancer):
+    """Old minus new parameters of a step with rate 1, and the state after it."""
+    step, state = Step.of(
+        here.functional.merge(here.params),
+        here.tasks,
+        key=jax.random.key(0),
+        balancer=balancer,
+        optimizer=Optimizer(optax.identity(), learning_rate=1.0),
+    )
+    new, sums = jax.jit(step)(state, here.batch)
+    return {path: state.params[path] - new.params[path] for path in state.params}, new, sums
+
+
+def test_three_batches_are_independent(world):
+    """The weights come from the gradients of two thirds of the rows, and act on those of the third one."""
+    here = world("shared_bottom")
+    rows = World(here.functional, here.tasks, here.params, jax.tree.map(lambda leaf: leaf[:15], here.batch))
+    a, b, c = (of_rows(rows, first, 3) for first in range(3))
+    encoder = scope_template(here.params, "encoder")
+    flat = [np.concatenate([np.reshape(part.jacobian[p], (3, -1)) for p in encoder], axis=1) for part in (a, b)]
+    cross = jnp.asarray(flat[0] @ flat[1].T)
+    weights, _ = modo().weigh(cross, c.losses, modo().init(3), None, active=jnp.ones(3, bool))
+    moved, new, _ = one_step(rows, modo())
+    assert_equal(moved, c.expected(weights, weighted_heads=False))
+    np.testing.assert_allclose(new.balancer.mixture, weights, rtol=1e-6)
+    assert np.abs(weights - 1 / 3).max() > 1e-4
+
+
+def test_losses_after_the_update_are_those_of_the_same_batch(world):
+    here = world("shared_bottom")
+    _, new, _ = one_step(here, famo())
+    after = World(here.functional, here.tasks, dict(new.params), here.batch).losses
+    expected = famo().weigh(None, here.losses, famo().init(3), None, active=here.active)[1]
+    expected = famo().observe(after, expected, active=here.active)
+    assert np.any(expected.logits.value != 0)
+    np.testing.assert_allclose(new.balancer.logits.value, expected.logits.value, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("balancer", "options", "micro_batches", "message"),
+    [
+        (db_mtl(), {"scope": "representation"}, 1, r"'DbMtl' remembers a number for each dense parameter.*\['encoder'\]"),
+        (db_mtl(), {"scope": "shared"}, 1, "'DbMtl' remembers a number"),
+        (graddrop(), {"scope": "all"}, 1, r"'GradDrop' acts on entries.*\['encoder', 'shared'\]"),
+        (modo(), {"scope": "representation"}, 1, "'MoDo' multiplies gradients of different batches"),
+        (modo(), {}, 2, "'MoDo' cuts a batch itself; expected trainer.micro_batches=1, got 2"),
+        (ntkmtl_sr(), {"scope": "encoder"}, 1, r"'NtkMtlSr' works on the representation.*\['representation'\]"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_reason(world, balancer, options, micro_batches, message):
+    with pytest.raises(ConfigError, match=message):
+        check_scope(world("shared_bottom").params, balancer, BalancingOptions(**options), micro_batches)
+
+
 def test_scopes_differ(world):
     """The Gramians that the scopes read are not the same, so the test above tells them apart."""
     here = world("mmoe")
@@ -296,8 +437,8 @@ def test_a_strategys_regulariser_reaches_the_step(small_schema, make_rows, make_
 def test_empty_scopes_are_refused(small_schema, make_model, sharing, scope, message):
     _, params, _ = Functional.of(make_model(small_schema, sharing))
     with pytest.raises(ConfigError, match=message):
-        check_scope(params, pcgrad(), scope)
-    check_scope(params, equal(), scope)
+        check_scope(params, pcgrad(), BalancingOptions(scope=scope))
+    check_scope(params, equal(), BalancingOptions(scope=scope))
 
 
 @pytest.mark.parametrize("field", ["scope", "head_gradient", "jacobian"])

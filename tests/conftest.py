@@ -1,5 +1,7 @@
 """Options and markers of the whole suite."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,27 @@ def pytest_collection_modifyitems(items):
 def _present(dataset: str) -> bool:
     cache = fetch.open_cache(sources.source_of(dataset))
     return not cache.missing(cache.choose(None))
+
+
+@contextlib.contextmanager
+def fewer_optimizations():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quick_compilation():
+    """For programs that run once: executables that are slower to run and faster to build."""
+    with fewer_optimizations():
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation_of_module():
+    """The same for all tests of a module, so that their programs agree to the last bit."""
+    with fewer_optimizations():
+        yield
 
 
 @pytest.fixture

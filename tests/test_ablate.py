@@ -11,7 +11,6 @@ import weakref
 from pathlib import Path
 
 import hydra
-import jax
 import pytest
 from rich.console import Console
 
@@ -42,13 +41,6 @@ EXPERTS = ("sharing=mmoe", "sharing.num_experts=2", "sharing.expert_units=[4]")
 def compose(*overrides, sharing=BOTTOM):
     with hydra.initialize_config_module("conf", version_base="1.3"):
         return plain(hydra.compose("ablate", overrides=[*SMALL, *sharing, *overrides]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +313,8 @@ def test_an_end_between_the_records_of_a_stack_loses_nothing(finished, shared, t
 PROGRAM = """
 import json, os, signal, sys
 from mtl_jax.ablate import run_arm
+
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 arm, folder, last = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 asked = 0
 def should_stop():

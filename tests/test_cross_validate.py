@@ -5,7 +5,6 @@ import math
 import sys
 
 import hydra
-import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -26,6 +25,8 @@ SMALL = ["data=synthetic", "data.num_rows=300", "data.dim=3", "sharing=shared_bo
 POISONED = """
 import dataclasses, numpy, polars, mtl_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
+
 def load(**options):
     clean = mtl_jax.data.load(**options)
     is_test = polars.Series(numpy.isin(numpy.arange(clean.frame.height), clean.splits["test"]))
@@ -39,13 +40,6 @@ def load(**options):
 def compose(*overrides):
     with hydra.initialize_config_module("conf", version_base="1.3"):
         return plain(hydra.compose("train", overrides=list(overrides)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -76,9 +76,9 @@ class DbMtl(Balancer):
     sigma: Any
 
     needs: ClassVar = "jacobian"
-    scaling: ClassVar = "sum"
     reads_losses: ClassVar = True
     has_parameter_state: ClassVar = True
+    scaling: ClassVar = "sum"
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> DbMtlState:
         return DbMtlState(zeros_per_task(params, num_tasks), jnp.zeros((), jnp.int32))
@@ -98,7 +98,7 @@ class DbMtl(Balancer):
         active = jnp.ones(losses.shape, bool) if active is None else active
         steps = state.steps + 1
         kept = self.beta / steps.astype(losses.dtype) ** self.sigma
-        factors = jnp.where(losses < 0, jnp.nan, 1 / (losses + EPSILON))
+        factors = jnp.where(losses < 0, jnp.nan, self.head_weights(losses, state))
         average = follow(state.average, jacobian, (1 - kept) * factors, kept, active)
 
         present = only_active_rows(average, active)

@@ -43,7 +43,7 @@ def graddrop(*, leak: PerTask = 0.0) -> Balancer:
       >>> balancer = graddrop()
       >>> direction, _ = aggregate(balancer, jacobian, balancer.init(2), key=jax.random.key(0))
       >>> print(direction)  # 6 or -4, and where the signs agree the sum
-      [6. 2. 2.]
+      [-4.  2.  2.]
 
     Edge cases:
       ============================== ==================================
@@ -67,8 +67,8 @@ class GradDrop(Balancer):
     leak: Any
 
     needs: ClassVar = "jacobian"
-    scaling: ClassVar = "sum"
     stochastic: ClassVar = True
+    scaling: ClassVar = "sum"
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> NoState:
         vector(self.leak, num_tasks, "graddrop(leak)")

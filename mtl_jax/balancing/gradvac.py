@@ -81,8 +81,8 @@ class GradVac(Balancer):
     beta: Any
 
     needs: ClassVar = "gramian"
-    scaling: ClassVar = "sum"
     stochastic: ClassVar = True
+    scaling: ClassVar = "sum"
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> GradVacState:
         return GradVacState(jnp.zeros((num_tasks, num_tasks)))

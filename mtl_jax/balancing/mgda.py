@@ -90,12 +90,14 @@ class MGDA(Balancer):
             lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
             factors = factors / jnp.where(lengths > 0, lengths, 1)
         if self.reads_losses:
-            positive = losses > 0 if active is None else (losses > 0) | ~active
-            factors = factors / jnp.where(positive, jnp.where(losses > 0, losses, 1), jnp.nan)
+            factors = factors / jnp.where(losses > 0, losses, 1)
             # Relative, so that squares of small losses stay in the range of the type.
             factors = factors / jnp.max(factors if active is None else jnp.where(active, factors, 0))
         solved = min_norm(factors[:, None] * gramian * factors, active)
-        return solved.value, solver_state(solved)
+        weights = solved.value
+        if self.reads_losses:
+            weights = jnp.where(jnp.all(losses > 0, where=active), weights, jnp.nan)
+        return weights, solver_state(solved)
 
     def diagnostics(self, state: SolverState) -> dict[str, Float[Array, ""]]:
         return solver_diagnostics(state)

@@ -112,9 +112,9 @@ class MoCo(Balancer):
     simplex: str = dataclasses.field(metadata={"static": True})
 
     needs: ClassVar = "jacobian"
-    scaling: ClassVar = "mean"
     homogeneity: ClassVar = None
     has_parameter_state: ClassVar = True
+    scaling: ClassVar = "mean"
 
     @property
     def reads_losses(self) -> bool:

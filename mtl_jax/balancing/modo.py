@@ -40,7 +40,7 @@ def modo(*, gamma: float = 0.1, rho: float = 0.1) -> Balancer:
       >>> jacobian = jnp.array([[1.0, 0.0], [0.0, 3.0]])
       >>> balancer = modo()
       >>> direction, _ = aggregate(balancer, jnp.stack([jacobian] * 3), balancer.init(2))
-      >>> print(direction.round(3))  # the long gradient loses weight
+      >>> print(direction.round(2))  # the long gradient loses weight
       [0.7 0.9]
 
     Edge cases:
@@ -71,9 +71,9 @@ class MoDo(Balancer):
     rho: Any
 
     needs: ClassVar = "gramian"
-    scaling: ClassVar = "mean"
     num_batches: ClassVar = 3
     homogeneity: ClassVar = None
+    scaling: ClassVar = "mean"
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> MixtureState:
         return MixtureState(jnp.full(num_tasks, 1 / num_tasks))

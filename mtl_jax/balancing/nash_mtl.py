@@ -98,16 +98,8 @@ class NashMTL(Balancer):
         *,
         active: Bool[Array, " task"] | None = None,
     ) -> tuple[Float[Array, " task"], NashState]:
-        def solve():
-            solved = power_fixed_point(gramian, 1.0, self.reg_eps, active)
-            kept = state.weights.astype(gramian.dtype)
-            fresh = solved.value if active is None else jnp.where(active, solved.value, kept)
-            return fresh.astype(state.weights.dtype), solver_state(solved)
-
-        if self.update_every == 1:
-            weights, solver = solve()
-        else:
-            weights, solver = jax.lax.cond(state.steps == 0, solve, lambda: (state.weights, state.solver))
+        due = None if self.update_every == 1 else state.steps == 0
+        weights, solver = solved_or_kept(gramian, self.reg_eps, active, due, state)
         state = NashState(weights, (state.steps + 1) % self.update_every, solver)
         weights = weights if active is None else jnp.where(active, weights, 0)
         return self._clipped(weights.astype(gramian.dtype), gramian, active), state
@@ -123,3 +115,21 @@ class NashMTL(Balancer):
 
     def diagnostics(self, state: NashState) -> dict[str, Float[Array, ""]]:
         return solver_diagnostics(state.solver)
+
+
+@jax.jit
+def solved_or_kept(
+    gramian: Float[Array, "task task"],
+    reg_eps: Any,
+    active: Bool[Array, " task"] | None,
+    due: Bool[Array, ""] | None,
+    state: NashState,
+) -> tuple[Float[Array, " task"], SolverState]:
+    """New weights of the active tasks where a solve is due (None: always), else the kept ones."""
+
+    def solve():
+        solved = power_fixed_point(gramian, 1.0, reg_eps, active)
+        weights = solved.value.astype(state.weights.dtype)
+        return weights if active is None else jnp.where(active, weights, state.weights), solver_state(solved)
+
+    return solve() if due is None else jax.lax.cond(due, solve, lambda: (state.weights, state.solver))

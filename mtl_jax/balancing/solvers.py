@@ -224,7 +224,7 @@ def dual_cone(
         size = jnp.max(jnp.abs(linear)) / jnp.maximum(jnp.max(norms * bound), jnp.finfo(linear.dtype).tiny)
         residual = solved.residual * size
         value = bound + inverse_norms * solved.value
-        return Solved(value, residual, solved.iterations, _missed(residual, 1e-5, 1e-10))
+        return Solved(value, residual, solved.iterations, _missed(residual, 1e-4, 1e-10))
 
     solved = jax.vmap(solve)(jnp.where(active, lower.astype(gramian.dtype), 0))
     return Solved(

@@ -341,7 +341,7 @@ class Step:
             return {"part": _Part(inputs, batch, key, self._denominators(batch))}
 
         def cut(column):  # every n-th row, so that rows which lie on one device stay there
-            return jnp.moveaxis(column.reshape(-1, number, *column.shape[1:]), 1, 0)
+            return jnp.moveaxis(column.reshape(column.shape[0] // number, number, *column.shape[1:]), 1, 0)
 
         parts, labels = jax.tree.map(cut, (inputs, dict(batch)))
         if self.micro_batches > 1:

@@ -31,12 +31,12 @@ def direction_of(balancer, jacobian, **options):
     return np.asarray(aggregate(balancer, jacobian, balancer.init(len(jacobian)), **options)[0])
 
 
-ROWS = np.random.default_rng(5).normal(0.1, 1.0, size=(5, 9))
+ROWS = np.array([[1.0, 2, 0, 1], [-1, 1, 1, 0], [6, -3, 3, -9]])  # the third conflicts with the first
 
 
 def test_no_task_is_harmed():
     for seed in range(5):
-        rows = np.random.default_rng(seed).normal(0.1, 1.0, size=(5, 6)) * 10.0 ** np.arange(-2, 3)[:, None]
+        rows = np.random.default_rng(seed).normal(0.1, 1.0, size=(3, 5)) * 10.0 ** np.arange(-1, 2)[:, None]
         direction = direction_of(dual_proj(), rows)
         lengths = np.linalg.norm(rows, axis=1)
         assert np.min(rows @ direction / lengths) >= -1e-4 * np.linalg.norm(direction)
@@ -50,8 +50,8 @@ def test_without_conflict_weights_are_the_preference():
 
 def test_weights_are_at_least_the_preference():
     balancer = dual_proj()
-    weights, _, _ = weigh(balancer, jnp.asarray(ROWS @ ROWS.T), jnp.ones(5), balancer.init(5), None)
-    assert np.all(weights >= 0.2 - 1e-6) and np.max(weights) > 0.21
+    weights, _, _ = weigh(balancer, jnp.asarray(ROWS @ ROWS.T), jnp.ones(3), balancer.init(3), None)
+    assert np.all(weights >= 1 / 3 - 1e-6) and np.max(weights) > 0.36
 
 
 def test_small_gradients_are_no_special_case():
@@ -72,7 +72,7 @@ def test_one_conflict_by_hand():
     rows, preference = np.array([[0.0, 1.0], [1.0, -3.0]]), [1.0, 1.0]
     preferred = np.array([1.0, -2.0])  # conflicts with (0, 1): the projection leaves (1, 0)
     np.testing.assert_allclose(preferred, np.sum(rows, axis=0))
-    np.testing.assert_allclose(direction_of(dual_proj(preference=preference), rows), [1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(direction_of(dual_proj(preference=preference), rows), [1.0, 0.0], atol=1e-5)
 
 
 def test_the_preferred_gradient_is_kept_where_it_harms_nobody():

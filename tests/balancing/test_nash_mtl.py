@@ -61,7 +61,7 @@ def test_lengths_of_the_gradients_do_not_matter():
 def test_opposite_gradients_stay_bounded():
     balancer = nash_mtl(max_norm=None)
     weights, _, _ = weigh(balancer, jnp.array([[1.0, -1], [-1, 1]]), jnp.ones(2), balancer.init(2), None)
-    assert np.all(np.isfinite(weights)) and np.max(weights) <= 1.01e3
+    assert np.all(np.isfinite(weights)) and np.max(weights) <= 1.05e3
 
 
 def test_weights_stay_between_solves():

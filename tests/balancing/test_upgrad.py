@@ -32,12 +32,12 @@ def direction_of(balancer, jacobian, **options):
     return np.asarray(aggregate(balancer, jacobian, balancer.init(len(jacobian)), **options)[0])
 
 
-ROWS = np.random.default_rng(5).normal(0.1, 1.0, size=(5, 9))
+ROWS = np.array([[1.0, 2, 0, 1], [-1, 1, 1, 0], [6, -3, 3, -9]])  # the third conflicts with the first
 
 
 def test_no_task_is_harmed():
     for seed in range(5):
-        rows = np.random.default_rng(seed).normal(0.1, 1.0, size=(5, 6)) * 10.0 ** np.arange(-2, 3)[:, None]
+        rows = np.random.default_rng(seed).normal(0.1, 1.0, size=(3, 5)) * 10.0 ** np.arange(-1, 2)[:, None]
         direction = direction_of(upgrad(), rows)
         lengths = np.linalg.norm(rows, axis=1)
         assert np.min(rows @ direction / lengths) >= -1e-4 * np.linalg.norm(direction)
@@ -51,12 +51,12 @@ def test_without_conflict_weights_are_the_preference():
 
 def test_weights_are_at_least_the_preference():
     balancer = upgrad()
-    weights, _, _ = weigh(balancer, jnp.asarray(ROWS @ ROWS.T), jnp.ones(5), balancer.init(5), None)
-    assert np.all(weights >= 0.2 - 1e-6) and np.max(weights) > 0.21
+    weights, _, _ = weigh(balancer, jnp.asarray(ROWS @ ROWS.T), jnp.ones(3), balancer.init(3), None)
+    assert np.all(weights >= 1 / 3 - 1e-6) and np.max(weights) > 0.36
 
 
 def test_small_gradients_are_no_special_case():
-    np.testing.assert_allclose(direction_of(upgrad(), 1e-6 * ROWS), 1e-6 * direction_of(upgrad(), ROWS), atol=1e-9)
+    np.testing.assert_allclose(direction_of(upgrad(), 1e-6 * ROWS), 1e-6 * direction_of(upgrad(), ROWS), atol=1e-10)
 
 
 def test_names_are_resolved():
@@ -68,7 +68,7 @@ def test_names_are_resolved():
 
 def test_linear_in_positive_factors_of_the_gradients():
     rng = np.random.default_rng(6)
-    first, second = rng.uniform(0.1, 2.0, size=(2, 5, 1))
+    first, second = rng.uniform(0.1, 2.0, size=(2, 3, 1))
     both = direction_of(upgrad(), (first + second) * ROWS)
     np.testing.assert_allclose(
         direction_of(upgrad(), first * ROWS) + direction_of(upgrad(), second * ROWS), both, atol=1e-4

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import hydra
-import jax
 import pytest
 
 from experiments import ablate
 from experiments.cli import command_line
 from mtl_jax.report.record import validate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 
 ROOT = Path(__file__).parents[2]
 DATA = ["data=synthetic", "data.num_rows=300", "data.dim=4"]
@@ -25,13 +26,6 @@ GRID = [
 ]  # fmt: skip
 RATES = "axis.optimizer.learning_rate=[0.001,0.01]"
 PATIENCE = 600  # seconds, on a machine with much else to do
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def start(*overrides, cwd):

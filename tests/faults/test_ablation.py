@@ -3,7 +3,6 @@
 import os
 
 import hydra
-import jax
 import pytest
 
 from mtl_jax.ablate import run_arm
@@ -12,19 +11,14 @@ from mtl_jax.errors import RunFolderFull
 from mtl_jax.job import Shared
 from mtl_jax.report.folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
+
 MB = 2**20
 SMALL = (
     "data=synthetic", "data.num_rows=300", "data.dim=4", "sharing=shared_bottom", "sharing.units=[4]", "towers.units=[3]",
     "trainer.batch_size=50", "trainer.epochs=2", "trainer.patience=0", "trainer.steps_per_call=1",
     "trainer.checkpoint_seconds=0", "seeds=2",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("axis", ["map", pytest.param("vmap", marks=pytest.mark.slow)])

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -16,14 +15,9 @@ from mtl_jax.sharing import SharedBottom
 from mtl_jax.train import fit
 from mtl_jax.train.state import Functional
 
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
+
 UNKNOWN = 1  # id of every value that the training part lacks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A small world built from arrays: two kinds of schema, rows with learnable labels, models without dropout."""
 
-import contextlib
 import dataclasses
 import functools
 
@@ -59,27 +58,6 @@ def three_task_schema(rich_schema):
     """Two features of one vocabulary and a number, with the three kinds of task."""
     features = (Categorical("item", "item"), Categorical("last", "item"), Numeric("price"))
     return dataclasses.replace(rich_schema, features=features, vocabularies=(vocabulary("item", 9),))
-
-
-@contextlib.contextmanager
-def fewer_optimizations():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def quick_compilation():
-    """For programs that run once: executables that are slower to run and faster to build."""
-    with fewer_optimizations():
-        yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation_of_module():
-    """The same for all tests of a module, so that their programs agree to the last bit."""
-    with fewer_optimizations():
-        yield
 
 
 @pytest.fixture(scope="session")

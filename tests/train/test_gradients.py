@@ -343,7 +343,12 @@ def test_losses_after_the_update_are_those_of_the_same_batch(world):
 @pytest.mark.parametrize(
     ("balancer", "options", "micro_batches", "message"),
     [
-        (db_mtl(), {"scope": "representation"}, 1, r"'DbMtl' remembers a number for each dense parameter.*\['encoder'\]"),
+        (
+            db_mtl(),
+            {"scope": "representation"},
+            1,
+            r"'DbMtl' remembers a number for each dense parameter.*\['encoder'\]",
+        ),
         (db_mtl(), {"scope": "shared"}, 1, "'DbMtl' remembers a number"),
         (graddrop(), {"scope": "all"}, 1, r"'GradDrop' acts on entries.*\['encoder', 'shared'\]"),
         (modo(), {"scope": "representation"}, 1, "'MoDo' multiplies gradients of different batches"),

@@ -1,0 +1,68 @@
+"""docs/balancing.md says of every method what the method says of itself."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import mtl_jax.balancing as methods
+
+PAGE = (Path(__file__).parents[2] / "docs" / "balancing.md").read_text(encoding="utf-8")
+NO_METHOD = ("aggregate", "as_optax")
+FACTORIES = sorted(name for name in methods.__all__ if name.islower() and name not in NO_METHOD)
+GIVEN = {"fixed": lambda: methods.fixed(weights=[1.0, 2.0]), "cr_mogm": lambda: methods.cr_mogm(methods.mgda())}
+SECTIONS = {"From losses": "losses", "From the Gramian": "gramian", "From two batches": "gramian", "Entry by entry": "jacobian"}
+
+
+def made(name):
+    return GIVEN.get(name, getattr(methods, name))()
+
+
+def listed():
+    """Method -> (title of its table, cells of its row)."""
+    found = {}
+    for title, text in re.findall(r"^### ([^:\n]+):[^\n]*\n(.*?)(?=^##)", PAGE, re.MULTILINE | re.DOTALL):
+        for row in re.findall(r"^\| `.*\|$", text, re.MULTILINE):
+            name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+            found[name.strip("` ")] = title, cells
+    return found
+
+
+def test_every_method_has_a_row():
+    assert set(FACTORIES) <= set(listed())
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_the_row_is_true(name):
+    balancer, (title, cells) = made(name), listed()[name]
+    assert balancer.needs == SECTIONS[title]
+    assert (balancer.num_batches > 1) == (title == "From two batches")
+    length = cells[3]
+    assert length == ("as the other" if name == "cr_mogm" else balancer.scaling)
+
+
+def test_heads_of_methods_from_losses_are_weighted_but_for_the_three_named():
+    weighted = {name for name in FACTORIES if made(name).weighted_heads}
+    from_losses = {name for name in FACTORIES if made(name).needs == "losses"}
+    assert from_losses - weighted == {"cosmos", "pbi", "ldc_mtl"} and weighted <= from_losses
+
+
+def test_the_refusals_name_the_methods_that_they_concern():
+    assert {name for name in FACTORIES if made(name).has_parameter_state} <= {
+        "moco", "db_mtl", "excess_mtl", "m_config", "metabalance"
+    }  # fmt: skip
+    assert {name for name in FACTORIES if made(name).min_tasks > 1} == {"krum", "trimmed_mean"}
+    assert {name for name in FACTORIES if made(name).scopes is not None} == {"ntkmtl_sr"}
+    assert {name for name in FACTORIES if made(name).by_epoch} == {"dwa", "ple_schedule"}
+    assert methods.stch(transform="log_nadir").by_epoch
+
+
+def test_the_diagnostics_name_the_methods_that_have_them():
+    def reporting(key):
+        template = jnp.zeros(3)
+        return {name for name in FACTORIES if key in made(name).diagnostics(made(name).init(4, template))}
+
+    solved = re.search(r"`solver_misses` \| of (.*?); misses", PAGE)[1]
+    assert reporting("solver_residual") - {"cr_mogm"} == set(re.findall(r"`(\w+)`", solved))
+    assert reporting("imtl_guard") == {"imtl_g", "imtl"}

@@ -25,6 +25,7 @@ from mtl_jax.balancing.imtl_g import imtl_g
 from mtl_jax.balancing.imtl_l import imtl_l
 from mtl_jax.balancing.krum import krum
 from mtl_jax.balancing.ldc_mtl import ldc_mtl
+from mtl_jax.balancing.m_config import m_config
 from mtl_jax.balancing.metabalance import metabalance
 from mtl_jax.balancing.mgda import mgda
 from mtl_jax.balancing.moco import moco
@@ -73,6 +74,7 @@ __all__ = [
     "imtl_l",
     "krum",
     "ldc_mtl",
+    "m_config",
     "metabalance",
     "mgda",
     "moco",

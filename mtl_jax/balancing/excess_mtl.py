@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer
-from mtl_jax.balancing.krum import checked_count
-from mtl_jax.balancing.options import checked
+from mtl_jax.balancing.options import checked, checked_count
 from mtl_jax.balancing.rows import combine_rows, zeros_per_task
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer, NoState, check_num_tasks, num_active, only_active
-from mtl_jax.errors import ConfigError
+from mtl_jax.balancing.options import checked_count
 
 
 def krum(*, num_byzantine: int = 1, num_selected: int = 1) -> Balancer:
@@ -57,18 +57,6 @@ def krum(*, num_byzantine: int = 1, num_selected: int = 1) -> Balancer:
     """
     num_byzantine = checked_count(num_byzantine, "krum(num_byzantine)", at_least=0)
     return Krum(num_byzantine, checked_count(num_selected, "krum(num_selected)", at_least=1))
-
-
-def checked_count(value: int, option: str, *, at_least: int) -> int:
-    """A whole number that shapes or loop lengths may depend on.
-
-    Raises:
-      ConfigError: It is not one, or too low.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        expectation = f"expected a whole number, at least {at_least}"
-        raise ConfigError(f"{option} is {value!r}; {expectation}. Change it")
-    return value
 
 
 @jax.tree_util.register_dataclass

@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from mtl_jax.balancing.base import Balancer, only_active_rows
 from mtl_jax.balancing.config import conflict_free_weights
 from mtl_jax.balancing.db_mtl import follow
-from mtl_jax.balancing.krum import checked_count
-from mtl_jax.balancing.options import checked
+from mtl_jax.balancing.options import checked, checked_count
 from mtl_jax.balancing.rows import combine_rows, gramian, zeros_per_task
 from mtl_jax.errors import ConfigError
 

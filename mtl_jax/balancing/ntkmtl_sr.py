@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer, NoState, only_active_rows
-from mtl_jax.balancing.krum import checked_count
 from mtl_jax.balancing.ntkmtl import kernel_weights
-from mtl_jax.balancing.options import checked
+from mtl_jax.balancing.options import checked, checked_count
 from mtl_jax.errors import ConfigError
 
 

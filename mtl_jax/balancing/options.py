@@ -30,6 +30,18 @@ def checked(value: PerTask, option: str, *, at_least: float = -np.inf, at_most: 
     return np.asarray(value, float) if isinstance(value, Sequence) else value
 
 
+def checked_count(value: int, option: str, *, at_least: int) -> int:
+    """A whole number that shapes or loop lengths may depend on.
+
+    Raises:
+      ConfigError: It is not one, or too low.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        expectation = f"expected a whole number, at least {at_least}"
+        raise ConfigError(f"{option} is {value!r}; {expectation}. Change it")
+    return value
+
+
 def by_position(value: PerTask, names: Sequence[str], option: str) -> PerTask:
     """The option in the order of the tasks: names are resolved, the length is checked.
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer, TaskLike, num_active, only_active
-from mtl_jax.balancing.krum import checked_count
 from mtl_jax.balancing.modo import MixtureState, cross_gramian, largest_products, mixed, shares_of
-from mtl_jax.balancing.options import PerTask, by_position, checked, vector
+from mtl_jax.balancing.options import PerTask, by_position, checked, checked_count, vector
 from mtl_jax.balancing.solvers import simplex_projection
 
 # Where the diagonal of A is this much smaller than A, it tells no scale of the gradients.

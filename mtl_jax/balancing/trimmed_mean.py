@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer, NoState, check_num_tasks, num_active
-from mtl_jax.balancing.krum import checked_count
+from mtl_jax.balancing.options import checked_count
 
 
 def trimmed_mean(*, trim: int = 1) -> Balancer:

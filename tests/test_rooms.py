@@ -23,6 +23,7 @@ ALLOWED = {
     "sharing": ("errors", "arguments", "nn"),
     "model": ("errors", "tasks", "data", "nn", "sharing"),
     "train": ("errors", "tasks", "data", "nn", "losses", "metrics", "balancing", "sharing", "model"),
+    "analysis": ("errors", "arguments", "balancing"),
     "report": ("errors", "tasks", "metrics"),
     "config": ("errors", "arguments"),
 }

@@ -264,7 +264,9 @@ def _bounded(balancer, kappa, bounds):
 
 def _check(balancer, starts, kappas, steps, learning_rate, every, bounds):
     if not isinstance(balancer, Balancer):
-        raise ConfigError(f"balancer is {shown(balancer)}; expected a Balancer. Call the method first, as in nash_mtl()")
+        raise ConfigError(
+            f"balancer is {shown(balancer)}; expected a Balancer. Call the method first, as in nash_mtl()"
+        )
     given = {"starts": starts, "kappas": kappas, "bounds": bounds}
     check_arguments(trajectories, given, place="toy")
     for name, points in (("starts", starts), ("bounds", [] if bounds is None else [bounds])):

@@ -32,7 +32,6 @@ from mtl_jax.balancing.moco import moco
 from mtl_jax.balancing.modo import modo
 from mtl_jax.balancing.nash_mtl import nash_mtl
 from mtl_jax.balancing.ntkmtl import ntkmtl
-from mtl_jax.balancing.ntkmtl_sr import ntkmtl_sr
 from mtl_jax.balancing.pbi import pbi
 from mtl_jax.balancing.pcgrad import pcgrad
 from mtl_jax.balancing.pe_ltr import pe_ltr
@@ -81,7 +80,6 @@ __all__ = [
     "modo",
     "nash_mtl",
     "ntkmtl",
-    "ntkmtl_sr",
     "pbi",
     "pcgrad",
     "pe_ltr",

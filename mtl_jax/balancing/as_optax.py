@@ -59,11 +59,6 @@ def as_optax(balancer: Balancer, num_tasks: int, *, seed: int = 0) -> optax.Grad
         raise ConfigError(
             f"'{name}' waits for the end of an epoch, which an optax chain never hears of. Set period=n steps"
         )
-    if balancer.scopes is not None:
-        raise ConfigError(
-            f"'{name}' works on gradients of a representation, row by row, and an optax chain sees those of parameters. "
-            "Use it as the balancer of mtl_jax.train.fit"
-        )
 
     def init(params):
         return AsOptaxState(jnp.zeros([], jnp.int32), balancer.init(num_tasks, params))

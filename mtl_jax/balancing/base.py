@@ -55,7 +55,6 @@ class Balancer:
       homogeneity: h in :math:`d(sJ) = s^h d(J)` for s > 0; None where there is none.
       scaling: Length of d for T equal gradients g: that of their ``sum``, of their ``mean``, or ``own``, a length that
         the method defines otherwise.
-      scopes: Scopes of a train step that the method is defined for; None: no restriction of its own.
       observes: Whether ``observe`` is to be called after the update, with the losses of the same batch.
       has_parameter_state: Whether the state has entries for each parameter: ``init`` needs their template, and the
         columns of the Jacobian have to be parameters, not rows of a batch.
@@ -70,7 +69,6 @@ class Balancer:
     num_batches: ClassVar[int] = 1
     homogeneity: ClassVar[float | None] = 1
     scaling: ClassVar[str] = "own"
-    scopes: ClassVar[tuple[str, ...] | None] = None
     observes: ClassVar[bool] = False
     has_parameter_state: ClassVar[bool] = False
     weighted_heads: ClassVar[bool] = False

@@ -86,7 +86,6 @@ class CrMogm(Balancer):
     min_tasks = _of_base("min_tasks")
     num_batches = _of_base("num_batches")
     homogeneity = _of_base("homogeneity")
-    scopes = _of_base("scopes")
     observes = _of_base("observes")
     has_parameter_state = _of_base("has_parameter_state")
     weighted_heads = _of_base("weighted_heads")

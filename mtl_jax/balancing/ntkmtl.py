@@ -44,7 +44,7 @@ def ntkmtl(*, exponent: float = 0.5) -> Balancer:
     References:
       Qin, Wang, Liao, Yan, *Mitigating Task Imbalance from Neural Tangent Kernel Perspective*, NeurIPS 2025,
       `arXiv:2510.18258 <https://arxiv.org/abs/2510.18258>`_. Without the clipping of the norm and the factor T of its
-      published code. Its variant on the representation, with kernels of several micro-batches, is ``ntkmtl_sr``.
+      published code.
     """
     return NtkMtl(checked(exponent, "ntkmtl(exponent)"))
 

@@ -21,7 +21,7 @@ def diagnostic_names(balancer: Balancer, state: Any) -> Sequence[str]:
     ``direction_norm``, ``direction_cosine`` (with the plain sum), ``conflict_rate`` (pairs of tasks with a negative inner
     product, as a share), ``log10_gramian_condition``. Lengths and products are those of the scope.
     """
-    compares = balancer.needs == "gramian" and balancer.num_batches == 1 and balancer.scopes is None
+    compares = balancer.needs == "gramian" and balancer.num_batches == 1
     own = tuple(balancer.diagnostics(state))
     return ("negative_weights", *(FROM_PRODUCTS if compares or balancer.needs == "jacobian" else ()), *own)
 

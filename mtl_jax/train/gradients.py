@@ -174,7 +174,7 @@ def check_scope(
     possible, reason = _possible_scopes(balancer, filled)
     if scope not in possible:
         raise ConfigError(f"balancing '{name}' {reason}; expected balancing.scope one of {possible}, got '{scope}'")
-    if micro_batches > 1 and (balancer.num_batches > 1 or balancer.scopes is not None):
+    if micro_batches > 1 and balancer.num_batches > 1:
         raise ConfigError(
             f"balancing '{name}' cuts a batch itself; expected trainer.micro_batches=1, got {micro_batches}. Change it"
         )
@@ -182,8 +182,6 @@ def check_scope(
 
 def _possible_scopes(balancer: Balancer, filled: list[str]) -> tuple[list[str], str]:
     """The scopes of those that hold parameters which the method can work in, and why it cannot work in the others."""
-    if balancer.scopes is not None:
-        return [scope for scope in filled if scope in balancer.scopes], "works on the representation"
     if balancer.has_parameter_state:
         return [scope for scope in filled if scope == "encoder"], "remembers a number for each dense parameter and task"
     if balancer.needs == "jacobian":
@@ -308,7 +306,7 @@ def _one_pass_a_head(model: _Model, balancer, state, key, options) -> Balanced:
         products += jnp.diag(jnp.stack(squares))
     active = losses.denominator > 0
     weights, state, info = weigh(balancer, products, losses.loss, state, key, active)
-    comparable = products is not None and products.ndim == 2 and balancer.scopes is None
+    comparable = products is not None
     weights, info, cosines = _with_length(balancer, options, weights, products if comparable else None, active, info)
     below = _below(model, jacobian, pull, weights, options.weighted_heads(balancer))
     own_gradient = _heads(model, own_gradient, weights if options.weighted_heads(balancer) else None)

@@ -179,7 +179,9 @@ def test_logarithms_and_ratios_of_losses_end_in_a_step_that_is_not_finite(name):
     assert (found.stopped[:, 3:] == 0).all()
     assert np.isfinite(found.points).all() and np.isfinite(found.losses).all()
     for way, stopped in zip(found.points.reshape(-1, 61, 2), found.stopped.ravel(), strict=True):
-        np.testing.assert_array_equal(way[found.steps >= stopped], way[-1][None].repeat((found.steps >= stopped).sum(), 0))
+        np.testing.assert_array_equal(
+            way[found.steps >= stopped], way[-1][None].repeat((found.steps >= stopped).sum(), 0)
+        )
     assert all(o["arrived"] is None and o["nonfinite"] is not None for o in found.outcomes())
 
 
@@ -205,7 +207,6 @@ def test_nash_mtl_reaches_the_set_from_everywhere_at_the_same_place_in_any_unit(
     ("balancer", "options", "words"),
     [
         (methods.dwa(), {}, "waits for the end of an epoch.*period"),
-        (methods.ntkmtl_sr(), {}, "representation"),
         (methods.krum(), {}, "got 2 tasks; expected at least 4"),
         (methods.fixed(weights={"a": 1.0, "b": 1.0}), {}, r"\['L1', 'L2'\]"),
         (methods.nash_mtl, {}, "Call the method first"),

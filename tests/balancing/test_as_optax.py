@@ -17,7 +17,6 @@ from mtl_jax.balancing import (
     graddrop,
     modo,
     nash_mtl,
-    ntkmtl_sr,
     pcgrad,
     uncertainty,
 )
@@ -123,10 +122,6 @@ def test_three_batches_lead_the_task_axis():
         transform.update(jax.tree.map(lambda leaf: leaf[:2], jacobian), transform.init(PARAMS))
 
 
-@pytest.mark.parametrize(
-    ("balancer", "message"),
-    [(dwa(), "waits for the end of an epoch.*period=n"), (ntkmtl_sr(), "gradients of a representation")],
-)
-def test_what_needs_a_trainer_is_refused(balancer, message):
-    with pytest.raises(ConfigError, match=message):
-        as_optax(balancer, 3)
+def test_what_waits_for_an_epoch_is_refused():
+    with pytest.raises(ConfigError, match="waits for the end of an epoch.*period=n"):
+        as_optax(dwa(), 3)

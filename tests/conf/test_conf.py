@@ -31,7 +31,6 @@ EXPERIMENTS = sorted(path.stem for path in ROOT.glob("experiment/*.yaml"))
 # Values that a node leaves to the user.
 REQUIRED = {
     "fixed": ["balancing.weights={y1: 1.0, y2: 0.5}"],
-    "ntkmtl_sr": ["balancing.scope=representation"],
 }
 # Methods that are not defined for two tasks.
 MANY_TASKS = ("krum", "trimmed_mean")

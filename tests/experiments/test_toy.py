@@ -92,6 +92,8 @@ def test_a_mistake_is_one_clear_message_and_leaves_no_figure(overrides, words, c
 
 def test_help_is_for_newcomers(tmp_path):
     command = [sys.executable, "-m", "experiments.toy", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     for words in ("one figure", "balancing=equal,mgda", "nash_mtl", "kappas", "docs/balancing.md"):
         assert words in done.stdout

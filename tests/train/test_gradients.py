@@ -18,7 +18,6 @@ from mtl_jax.balancing import (
     graddrop,
     mgda,
     modo,
-    ntkmtl_sr,
     pcgrad,
     trimmed_mean,
     uncertainty,
@@ -353,7 +352,6 @@ def test_losses_after_the_update_are_those_of_the_same_batch(world):
         (graddrop(), {"scope": "all"}, 1, r"'GradDrop' acts on entries.*\['encoder', 'shared'\]"),
         (modo(), {"scope": "representation"}, 1, "'MoDo' multiplies gradients of different batches"),
         (modo(), {}, 2, "'MoDo' cuts a batch itself; expected trainer.micro_batches=1, got 2"),
-        (ntkmtl_sr(), {"scope": "encoder"}, 1, r"'NtkMtlSr' works on the representation.*\['representation'\]"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_reason(world, balancer, options, micro_batches, message):

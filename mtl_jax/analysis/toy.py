@@ -60,11 +60,11 @@ def losses(x: Float[Array, "*points 2"], kappa: float | Float[Array, ""] = 1.0) 
       Both losses of each point. On the Pareto set they are negative.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, numpy as np
       >>> from mtl_jax.analysis.toy import losses
-      >>> print(losses(jnp.array([9.0, -1.0])).round(3))
+      >>> print(np.asarray(losses(jnp.array([9.0, -1.0])), float).round(3))
       [-8.831  2.814]
-      >>> print(jax.jacobian(losses)(jnp.zeros(2)).round(3))
+      >>> print(np.asarray(jax.jacobian(losses)(jnp.zeros(2)), float).round(3))
       [[ 0.    10.856]
        [ 0.    10.856]]
 
@@ -182,9 +182,10 @@ def trajectories(
     Example:
       >>> from mtl_jax.analysis.toy import trajectories
       >>> from mtl_jax.balancing import equal
-      >>> found = trajectories(equal(), starts=[(9.0, -1.0)], kappas=[1.0], steps=10_000)
-      >>> print(found.points[0, 0, -1].round(2), found.outcomes()[0]["arrived"])
-      [ 0.   -8.35] 9700
+      >>> found = trajectories(equal(), starts=[(9.0, -1.0)], kappas=[1.0], steps=5000, learning_rate=0.01)
+      >>> (outcome,) = found.outcomes()
+      >>> print(outcome["distance"] < 0.05, outcome["nonfinite"])
+      True None
     """
     _check(balancer, starts, kappas, steps, learning_rate, every, bounds)
     as_optax(balancer, len(TASKS))  # refuses what works in no plain loop

@@ -35,10 +35,11 @@ def aligned_mtl(*, scale_mode: str = "min", preference: PerTask = 1.0) -> Balanc
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from mtl_jax.balancing import aggregate, aligned_mtl
       >>> balancer = aligned_mtl()
       >>> direction, _ = aggregate(balancer, jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), balancer.init(2))
-      >>> print(direction.round(3))
+      >>> print(np.asarray(direction).round(3))
       [0.427 1.935 1.935]
 
     Edge cases:

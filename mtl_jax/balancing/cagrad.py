@@ -44,10 +44,11 @@ def cagrad(*, c: float = 0.5, rescale: str = "none") -> Balancer:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from mtl_jax.balancing import aggregate, cagrad
       >>> balancer = cagrad()
       >>> direction, _ = aggregate(balancer, jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), balancer.init(2))
-      >>> print(direction.round(3))
+      >>> print(np.asarray(direction).round(3))
       [0.184 1.204 1.204]
 
     Edge cases:

@@ -33,10 +33,11 @@ def config(*, preference: PerTask = 1.0) -> Balancer:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from mtl_jax.balancing import aggregate, config
       >>> balancer = config()
       >>> direction, _ = aggregate(balancer, jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), balancer.init(2))
-      >>> print(direction.round(4))
+      >>> print(np.asarray(direction).round(4))
       [0.1588 2.0706 2.0706]
 
     Edge cases:

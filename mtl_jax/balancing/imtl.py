@@ -36,11 +36,12 @@ def imtl(*, weight_lr: float = 1e-3) -> Balancer:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from mtl_jax.balancing import aggregate, imtl
       >>> balancer = imtl()
       >>> jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
       >>> direction, state = aggregate(balancer, jacobian, balancer.init(2), losses=jnp.array([0.5, 2.0]))
-      >>> print(direction.round(4), state.scale.value.round(4))
+      >>> print(np.asarray(direction).round(4), state.scale.value.round(4))
       [0.0767 1.     1.    ] [ 0.001 -0.001]
 
     Edge cases:

@@ -36,10 +36,11 @@ def nash_mtl(*, max_norm: float | None = 1.0, update_every: int = 1, reg_eps: fl
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from mtl_jax.balancing import aggregate, nash_mtl
       >>> balancer = nash_mtl()
       >>> direction, _ = aggregate(balancer, jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), balancer.init(2))
-      >>> print(direction.round(3))
+      >>> print(np.asarray(direction).round(3))
       [0.054 0.706 0.706]
 
     Edge cases:

@@ -35,10 +35,11 @@ def pe_ltr(*, min_weight: PerTask = 0.0) -> Balancer:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import numpy as np
       >>> from mtl_jax.balancing import aggregate, pe_ltr
       >>> balancer = pe_ltr(min_weight=[0.0, 0.7])
       >>> direction, _ = aggregate(balancer, jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), balancer.init(2))
-      >>> print(direction.round(3))
+      >>> print(np.asarray(direction).round(3))
       [3. 1. 1.]
 
     Edge cases:

@@ -217,7 +217,7 @@ class RunStack:
             seconds = time.perf_counter() - start
             clock.step, clock.calls = clock.step + count, clock.calls + 1
             for number in going:
-                own = Sums(*(leaf[number] for leaf in sums))
+                own: Sums = jax.tree.map(lambda leaf, number=number: leaf[number], sums)
                 if live[number]:
                     self.advance(number, positions[number], own, count, examples, seconds / len(going))
                 else:

@@ -64,8 +64,8 @@ def test_the_refusals_name_the_methods_that_they_concern():
 
 def test_the_diagnostics_name_the_methods_that_have_them():
     def reporting(key):
-        template = jnp.zeros(3)
-        return {name for name in FACTORIES if key in made(name).diagnostics(made(name).init(max(2, made(name).min_tasks), template))}
+        states = {name: made(name).init(max(2, made(name).min_tasks), jnp.zeros(3)) for name in FACTORIES}
+        return {name for name, state in states.items() if key in made(name).diagnostics(state)}
 
     solved = re.search(r"`solver_misses` \| of (.*?); misses", PAGE)[1]
     assert reporting("solver_residual") - {"cr_mogm"} == set(re.findall(r"`(\w+)`", solved))

@@ -52,7 +52,7 @@ def test_a_comma_list_makes_one_figure(tmp_path):
         assert method["kept"] == [0, 50, 100, 150, 200]
         assert [len(method[name]) for name in ("points", "losses", "outcomes")] == [2, 2, 4]
         assert method["points"][0][0][0] == [9.0, -1.0]
-    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.startswith(("equal", "famo", "fixed"))]
+    rows = [cells[:2] for cells in map(str.split, done.stdout.splitlines()) if cells and cells[0] in content["methods"]]
     assert rows == [[name, kappa] for name in ("equal", "famo", "fixed") for kappa in ("1", "1", "0.1", "0.1")]
     assert str(folder.relative_to(tmp_path)) in done.stdout
 
@@ -70,8 +70,8 @@ def test_one_method_in_a_folder_of_ones_own(call, tmp_path):
     ("overrides", "words"),
     [
         (["balancing=nash"], ["balancing/nash", "nash_mtl"]),
-        (["balancing=[equal,nobody]"], ["nobody", "nash_mtl"]),
-        (["balancing=equal", "balancing.c=1"], ["unknown option 'balancing.c'", "'reduction'"]),
+        (["balancing=[equal,nobody]"], ["balancing/nobody", "--help"]),
+        (["balancing=equal", "balancing.c=1"], ["unknown option 'balancing.c'"]),
         (["stepz=1"], ["unknown option 'stepz'", "'steps'"]),
         (["balancing=dwa"], ["waits for the end of an epoch", "period"]),
         (["balancing=krum"], ["got 2 tasks", "4"]),

@@ -13,7 +13,6 @@ import scipy.linalg
 import scipy.optimize
 import scipy.special
 
-
 # Shared parts
 
 

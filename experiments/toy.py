@@ -18,11 +18,11 @@ from mtl_jax.analysis.toy import pareto_set, trajectories, values_at
 from mtl_jax.config import build, plain
 from mtl_jax.plan import has_key
 from mtl_jax.report.folder import RunFolder, config_hash
-from mtl_jax.report.toy import plot_toy, toy_table
+from mtl_jax.report.toy import toy_table, write_toy
 
 PROBLEM = ("starts", "kappas", "steps", "learning_rate", "every", "bounds", "seed")
 PLAIN_WIDTH = 120
-DIGITS = 6
+DIGITS = 5
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="toy")
@@ -51,8 +51,7 @@ def main(config: DictConfig, should_stop: StopRequest) -> None:
     name = config_hash({"problem": problem, "balancing": nodes})
     folder = Path(job.runtime.output_dir if own_folder else Path(common["output_dir"]) / "toy" / name)
     with RunFolder.open(folder) as home:
-        home.write_json("toy.json", content)
-        plot_toy(content, values_at, home.path / "toy.png")
+        write_toy(content, values_at, home)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(toy_table(content))
     console.print(f"figure and trajectories in {folder}", highlight=False, soft_wrap=True)

@@ -106,7 +106,10 @@ def distance_to_set(points: Float[np.ndarray, "*points 2"]) -> Float[np.ndarray,
 def values_at(points: Float[np.ndarray, "*points 2"], kappa: float = 1.0) -> Float[np.ndarray, "*points 2"]:
     """:func:`losses` in NumPy and float64."""
     with jax.enable_x64(True):
-        return np.asarray(losses(jnp.asarray(points, float), kappa))
+        return np.asarray(_losses(jnp.asarray(points, float), kappa))
+
+
+_losses = jax.jit(losses)
 
 
 class Trajectories(NamedTuple):
@@ -219,7 +222,11 @@ def _descend(balancers, starts, kappas, keys, learning_rate, steps, every):
                 state = balancer.observe(losses_at(x), state)
             ended = (stopped < steps) | nonfinite | ~jnp.all(jnp.isfinite(x))
             stopped = jnp.where(ended, jnp.minimum(stopped, count), stopped)
-            return *jax.tree.map(lambda old, new: jnp.where(ended, old, new), kept, [x, moments, state]), stopped
+            # Counters of a state may come back wider than they were, which a loop does not take.
+            chosen = jax.tree.map(
+                lambda old, new: jnp.where(ended, old, new).astype(old.dtype), kept, [x, moments, state]
+            )
+            return *chosen, stopped
 
         def stretch(carry, first):
             carry = jax.lax.fori_loop(first, jnp.minimum(first + every, steps), step, carry)

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,16 +12,23 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from mtl_jax.report.folder import write_atomically
-from mtl_jax.report.plot import DPI, INK
+from mtl_jax.report.folder import RunFolder, plain, write_atomically
+from mtl_jax.report.plot import INK
 
 Content = Mapping[str, Any]
 # One a start: of Okabe and Ito, without their yellow.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 SET, CONTOUR = "#000000", "#C8C8C8"
 LIMIT = 10.0
-WIDTH = 3.0  # inches of a panel
+WIDTH, DPI = 3.0, 110  # inches of a panel, and dots of an inch
 GRID = 161
+
+
+def write_toy(content: Content, values_at: Callable[[np.ndarray, float], np.ndarray], home: RunFolder) -> None:
+    """Writes ``toy.json`` and ``toy.png``; the arguments are those of :func:`plot_toy`."""
+    text = json.dumps(plain(content), allow_nan=False)  # on one line: most of it are the points of trajectories
+    write_atomically(home.path / "toy.json", f"{text}\n".encode())
+    plot_toy(content, values_at, home.path / "toy.png")
 
 
 def plot_toy(content: Content, values_at: Callable[[np.ndarray, float], np.ndarray], path: str | os.PathLike) -> None:

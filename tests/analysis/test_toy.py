@@ -117,7 +117,7 @@ def test_equal_is_adam_on_the_sum_of_the_losses(quick_compilation):
 
 
 def test_the_same_points_however_often_they_are_kept(quick_compilation):
-    often, seldom = (trajectories(methods.mgda(), steps=600, every=every) for every in (50, 400))
+    often, seldom = (trajectories(methods.equal(), steps=600, every=every) for every in (50, 400))
     assert seldom.steps.tolist() == [0, 400, 600]
     np.testing.assert_array_equal(seldom.points, often.points[:, :, [0, 8, 12]])
 
@@ -229,6 +229,7 @@ def test_mistakes_are_named_before_anything_runs(balancer, options, words):
         trajectories(balancer, **options)
 
 
-def test_a_schedule_by_steps_is_none_by_epochs(quick_compilation):
-    found = trajectories(methods.dwa(period=50), starts=[(9.0, -1.0)], kappas=[1.0], steps=200)
-    assert found.stopped.tolist() == [[200]]
+@pytest.mark.parametrize("balancer", [methods.dwa(period=50), methods.m_config()], ids=["dwa", "m_config"])
+def test_methods_that_count_their_steps_go_through(balancer, quick_compilation):
+    found = trajectories(balancer, starts=[(9.0, -1.0)], kappas=[1.0], steps=200)
+    assert found.stopped.tolist() == [[200]] and found.losses[0, 0, -1].sum() < found.losses[0, 0, 0].sum()

@@ -87,14 +87,12 @@ def fair_weights(products, alpha):
         utility = np.log(weights) if alpha == 1 else weights ** (1 - 1 / alpha) / (1 - 1 / alpha)
         return weights @ products @ weights / 2 - utility.sum()
 
-    weights = np.diagonal(products) ** (-alpha / (1 + alpha))
-    for _ in range(500):
+    weights, step = np.diagonal(products) ** (-alpha / (1 + alpha)), np.inf
+    while np.max(np.abs(step) / weights) > 1e-7:
         slope = products @ weights - weights ** (-1 / alpha)
-        if np.max(np.abs(slope) * weights ** (1 / alpha)) < 1e-13:
-            break
         step = np.linalg.solve(products + np.diag(weights ** (-1 / alpha - 1) / alpha), -slope)
         size = 1.0
-        while not value(weights + size * step) <= value(weights) + 0.1 * size * (slope @ step) and size > 1e-8:
+        while size > 1e-3 and value(weights + size * step) > value(weights) + 0.1 * size * (slope @ step):
             size /= 2
         weights = weights + size * step
     return weights
@@ -226,16 +224,14 @@ def pbi(theta):
 def famo(weight_lr, weight_decay, bound=0.0):
     state = types.SimpleNamespace(logits=0.0, update=adam(weight_lr))
 
-    def distances(losses):
-        return losses - bound + 1e-8 * np.max(losses - bound)
-
     def step(rows, losses, tasks, draws):
-        state.before = losses
-        weights = scipy.special.softmax(state.logits + np.zeros_like(losses)) / distances(losses)
+        state.floor = 1e-8 * np.max(losses - bound)
+        state.before = losses - bound + state.floor
+        weights = scipy.special.softmax(state.logits + np.zeros_like(losses)) / state.before
         return (weights / weights.sum())[:, None] * rows
 
     def observe(after):
-        gains = np.log(distances(state.before) / distances(after))
+        gains = np.log(state.before / (after - bound + state.floor))
         logits = state.logits + np.zeros_like(after)
         shares = scipy.special.softmax(logits)
         state.logits = state.update(logits, shares * (gains - shares @ gains) + weight_decay * logits)
@@ -328,7 +324,7 @@ def pcgrad():
                 if other in position and other != task:
                     row = rows[position[other]]
                     mine -= min(mine @ row, 0) / (row @ row) * row
-        return projected
+        return np.array([*rows, *(projected - rows)])
 
     return step
 
@@ -353,7 +349,7 @@ def gradvac(beta):
                 if cosine < target:
                     mine += length * (target * sine - cosine * target_sine) / (norm * target_sine) * row
                 usual[task, other] = (1 - beta) * usual.get((task, other), 0.0) + beta * cosine
-        return edited
+        return np.array([*rows, *(edited - rows)])
 
     return step
 
@@ -381,8 +377,8 @@ def cagrad(c):
 
 
 def impartial_weights(rows):
-    unscaled = pseudo_inverse(unit_rows(rows))
-    weights = unscaled.T @ unscaled @ np.ones(len(rows)) / lengths(rows)
+    inverse = pseudo_inverse(rows)
+    weights = inverse.T @ (inverse @ lengths(rows))
     total, size = abs(weights.sum()), np.abs(weights).sum()
     return weights / (size if total < 1e-3 * size else total)
 

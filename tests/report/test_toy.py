@@ -61,7 +61,7 @@ def pixels(image, colour):
 def test_every_start_has_its_colour_in_the_plane_and_in_the_space_of_losses(drawn, content):
     image = drawn(content)
     height, width, _ = image.shape
-    assert 1500 <= width <= 2200 and 350 <= height <= 900
+    assert 1200 <= width <= 1600 and 300 <= height <= 600
     panels = image[: int(0.8 * height)]
     for half in (panels[:, : width // 2], panels[:, width // 2 :]):
         for colour in COLOURS[:2]:
@@ -88,7 +88,7 @@ def test_a_row_a_method(drawn, content):
 def test_more_starts_than_colours_are_drawn(drawn, content):
     method = content["methods"]["cautious"]
     for name in ("points", "losses"):
-        method[name] = np.concatenate([method[name]] * 4, axis=1)
+        method[name] = np.concatenate([method[name] + shift for shift in (0.0, 0.5, 1.0, 1.5)], axis=1)
     method["outcomes"] = [o for kappa in (1.0, 0.1) for o in method["outcomes"] * 4 if o["kappa"] == kappa]
     assert pixels(drawn(content), COLOURS[5]) > 100
 

@@ -26,6 +26,8 @@ from mtl_jax.report.record import validate
 from mtl_jax.run import run
 from mtl_jax.watch import ProgressFile
 
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
+
 ROOT = Path(__file__).parents[1]
 SMALL = (
     "data=synthetic", "data.num_rows=300", "data.dim=4", "towers.units=[3]", "trainer.batch_size=50", "trainer.epochs=2",
@@ -314,7 +316,6 @@ PROGRAM = """
 import json, os, signal, sys
 from mtl_jax.ablate import run_arm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 arm, folder, last = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 asked = 0
 def should_stop():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, NoState, TaskLike
+from mtl_jax.balancing.base import Balancer, NoState, TaskLike, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 from mtl_jax.balancing.solvers import gramian_eigenpairs
 from mtl_jax.errors import ConfigError
@@ -59,7 +59,7 @@ def aligned_mtl(*, scale_mode: str = "min", preference: PerTask = 1.0) -> Balanc
     return AlignedMTL(scale_mode, checked(preference, "aligned_mtl(preference)", at_least=0.0))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class AlignedMTL(Balancer):
     scale_mode: str = dataclasses.field(metadata={"static": True})

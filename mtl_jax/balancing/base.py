@@ -1,5 +1,6 @@
 """What a balancer is, and the one place that shields it from rows that are not ordinary."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -32,8 +33,8 @@ class NoState(NamedTuple):
 class Balancer:
     r"""Base of all methods: weights :math:`w` so that shared parameters receive :math:`d = \sum_i w_i g_i`.
 
-    A method is a frozen dataclass registered as a pytree: numeric hyperparameters are leaves, so that a run axis can
-    map them, modes are static. Besides the attributes below it defines::
+    A method is a frozen dataclass that :func:`register` makes a pytree: numeric hyperparameters are leaves, so that a run
+    axis can map them, modes are static. Besides the attributes below it defines::
 
         weigh(gramian f[T, T] | None, losses f[T], state, key, *, active bool[T] | None = None) -> (weights f[T], state)
 
@@ -120,6 +121,36 @@ class Balancer:
         """
         check_num_tasks(self, len(tasks))
         return self
+
+
+def register(cls: type[Balancer]) -> type[Balancer]:
+    """Makes a frozen dataclass a pytree: static fields are structure, the others leaves, and the class is structure too.
+
+    ``jax.tree_util.register_dataclass`` leaves the class out of the comparison of structures: two methods with the same
+    fields would count as one, and a compiled program of one could be run for the other.
+    """
+    fields = dataclasses.fields(cls)
+    leaves = [field.name for field in fields if not field.metadata.get("static")]
+    static = [field.name for field in fields if field.metadata.get("static")]
+
+    def structure(balancer):
+        return (cls, *(getattr(balancer, name) for name in static))
+
+    def flatten(balancer):
+        return [getattr(balancer, name) for name in leaves], structure(balancer)
+
+    def flatten_with_keys(balancer):
+        keyed = [(jax.tree_util.GetAttrKey(name), getattr(balancer, name)) for name in leaves]
+        return keyed, structure(balancer)
+
+    def unflatten(structure, children):
+        balancer = object.__new__(cls)
+        for name, value in (*zip(static, structure[1:], strict=True), *zip(leaves, children, strict=True)):
+            object.__setattr__(balancer, name, value)
+        return balancer
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def weigh(

@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, num_active
+from mtl_jax.balancing.base import Balancer, num_active, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.solvers import (
     SolverState,
@@ -69,7 +68,7 @@ def cagrad(*, c: float = 0.5, rescale: str = "none") -> Balancer:
     return CAGrad(checked(c, "cagrad(c)", at_least=0.0), rescale)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class CAGrad(Balancer):
     c: Any

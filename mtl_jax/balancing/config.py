@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, NoState, TaskLike
+from mtl_jax.balancing.base import Balancer, NoState, TaskLike, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 from mtl_jax.balancing.solvers import cosine_eigenpairs, scaled
 
@@ -75,7 +75,7 @@ def conflict_free_weights(
     return length * inverse_norms * solution
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Config(Balancer):
     preference: Any

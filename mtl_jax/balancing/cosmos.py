@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike, num_active
+from mtl_jax.balancing.base import Balancer, TaskLike, num_active, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 
 
@@ -64,7 +63,7 @@ class NegativeWeights(NamedTuple):
     negative_weights: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Cosmos(Balancer):
     lambda_: Any

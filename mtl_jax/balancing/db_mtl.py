@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, only_active_rows
+from mtl_jax.balancing.base import Balancer, only_active_rows, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.rows import combine_rows, squared_row_norms, zeros_per_task
 
@@ -69,7 +69,7 @@ class DbMtlState(NamedTuple):
     steps: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class DbMtl(Balancer):
     beta: Any

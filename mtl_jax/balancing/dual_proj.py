@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike, num_active
+from mtl_jax.balancing.base import Balancer, TaskLike, num_active, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 from mtl_jax.balancing.solvers import SolverState, dual_cone, solver_diagnostics, solver_state
 
@@ -58,7 +57,7 @@ def dual_proj(*, preference: PerTask | None = None, reg_eps: float = 0.0) -> Bal
     return DualProj(preference, checked(reg_eps, "dual_proj(reg_eps)", at_least=0.0))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class DualProj(Balancer):
     preference: Any

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, num_active
+from mtl_jax.balancing.base import Balancer, num_active, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.period import Means, Period, add_losses, checked_period, count_call, no_means
 
@@ -72,7 +72,7 @@ class DwaState(NamedTuple):
     calls: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Dwa(Balancer):
     temperature: Any

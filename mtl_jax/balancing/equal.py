@@ -3,11 +3,10 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from mtl_jax.balancing.base import Balancer, NoState, num_active
+from mtl_jax.balancing.base import Balancer, NoState, num_active, register
 from mtl_jax.errors import ConfigError
 
 REDUCTIONS = ("sum", "mean")
@@ -52,7 +51,7 @@ def equal(*, reduction: str = "sum") -> Balancer:
     return Equal(reduction)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Equal(Balancer):
     reduction: str = dataclasses.field(metadata={"static": True})

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer
+from mtl_jax.balancing.base import Balancer, register
 from mtl_jax.balancing.options import checked, checked_count
 from mtl_jax.balancing.rows import combine_rows, zeros_per_task
 
@@ -73,7 +73,7 @@ class ExcessMtlState(NamedTuple):
     weights: Float[Array, " task"]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class ExcessMtl(Balancer):
     eta: Any

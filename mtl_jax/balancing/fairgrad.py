@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, num_active
+from mtl_jax.balancing.base import Balancer, num_active, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.solvers import SolverState, power_fixed_point, solver_diagnostics, solver_state
 
@@ -54,7 +53,7 @@ def fairgrad(*, alpha: float = 1.0, reg_eps: float | None = None) -> Balancer:
     return FairGrad(alpha, reg_eps if reg_eps is None else checked(reg_eps, "fairgrad(reg_eps)", at_least=0.0))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class FairGrad(Balancer):
     alpha: Any

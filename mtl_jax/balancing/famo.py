@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike
+from mtl_jax.balancing.base import Balancer, TaskLike, register
 from mtl_jax.balancing.learnable import Learnable, adam_step, learnable
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 
@@ -83,7 +83,7 @@ class FamoState(NamedTuple):
     pending: Bool[Array, " task"]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Famo(Balancer):
     weight_lr: Any

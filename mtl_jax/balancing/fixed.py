@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, NoState, TaskLike
+from mtl_jax.balancing.base import Balancer, NoState, TaskLike, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 
 
@@ -50,7 +49,7 @@ def fixed(*, weights: PerTask) -> Balancer:
     return Fixed(checked(weights, "fixed(weights)", at_least=0.0))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Fixed(Balancer):
     weights: Any

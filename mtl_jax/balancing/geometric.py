@@ -3,11 +3,10 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from mtl_jax.balancing.base import Balancer, NoState, num_active
+from mtl_jax.balancing.base import Balancer, NoState, num_active, register
 
 
 def geometric() -> Balancer:
@@ -47,7 +46,7 @@ def geometric() -> Balancer:
     return Geometric()
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Geometric(Balancer):
     needs: ClassVar = "losses"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer
+from mtl_jax.balancing.base import Balancer, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.errors import ConfigError
 
@@ -72,7 +72,7 @@ class Go4AlignState(NamedTuple):
     log_shares: Float[Array, " task"]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Go4Align(Balancer):
     eta: Any

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, NoState, TaskLike, only_active_rows
+from mtl_jax.balancing.base import Balancer, NoState, TaskLike, only_active_rows, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 from mtl_jax.balancing.rows import row_dtype
 
@@ -61,7 +61,7 @@ def graddrop(*, leak: PerTask = 0.0) -> Balancer:
     return GradDrop(checked(leak, "graddrop(leak)", at_least=0.0, at_most=1.0))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class GradDrop(Balancer):
     leak: Any

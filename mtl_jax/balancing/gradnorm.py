@@ -5,11 +5,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike, num_active
+from mtl_jax.balancing.base import Balancer, TaskLike, num_active, register
 from mtl_jax.balancing.learnable import Learnable, adam_step, learnable
 from mtl_jax.balancing.options import checked
 from mtl_jax.errors import ConfigError
@@ -94,7 +93,7 @@ class GradNormState(NamedTuple):
     first_losses: Float[Array, " task"]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class GradNorm(Balancer):
     alpha: Any

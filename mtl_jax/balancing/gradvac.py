@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, only_active
+from mtl_jax.balancing.base import Balancer, only_active, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.pcgrad import draw_orders
 
@@ -75,7 +75,7 @@ class GradVacState(NamedTuple):
     phi: Float[Array, "task task"]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class GradVac(Balancer):
     beta: Any

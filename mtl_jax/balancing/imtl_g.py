@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer
+from mtl_jax.balancing.base import Balancer, register
 from mtl_jax.balancing.solvers import gramian_eigenpairs, scaled
 
 # Below this share of their absolute sum, the sum of the weights is no measure of their size.
@@ -76,7 +76,7 @@ def impartial_weights(
     return solution / jnp.where(divisor > 0, divisor, 1), guard.astype(float)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class IMTLG(Balancer):
     needs: ClassVar = "gramian"

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike
+from mtl_jax.balancing.base import Balancer, TaskLike, register
 from mtl_jax.balancing.learnable import Learnable, adam_step, learnable
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 
@@ -68,7 +67,7 @@ class ImtlLState(NamedTuple):
     scale: Learnable
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class ImtlL(Balancer):
     initial: Any

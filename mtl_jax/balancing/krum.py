@@ -3,11 +3,10 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, NoState, check_num_tasks, num_active, only_active
+from mtl_jax.balancing.base import Balancer, NoState, check_num_tasks, num_active, only_active, register
 from mtl_jax.balancing.options import checked_count
 
 
@@ -59,7 +58,7 @@ def krum(*, num_byzantine: int = 1, num_selected: int = 1) -> Balancer:
     return Krum(num_byzantine, checked_count(num_selected, "krum(num_selected)", at_least=1))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Krum(Balancer):
     num_byzantine: int = dataclasses.field(metadata={"static": True})

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer
+from mtl_jax.balancing.base import Balancer, register
 from mtl_jax.balancing.cosmos import count_negative
 from mtl_jax.balancing.geometric import positive_losses
 from mtl_jax.balancing.learnable import Learnable, adam_step, learnable
@@ -88,7 +88,7 @@ class LdcMtlState(NamedTuple):
     negative_weights: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class LdcMtl(Balancer):
     lambda_: Any

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, only_active_rows
+from mtl_jax.balancing.base import Balancer, only_active_rows, register
 from mtl_jax.balancing.config import conflict_free_weights
 from mtl_jax.balancing.db_mtl import follow
 from mtl_jax.balancing.options import checked, checked_count
@@ -90,7 +90,7 @@ class MConfigState(NamedTuple):
     turn: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class MConfig(Balancer):
     beta_1: Any

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike
+from mtl_jax.balancing.base import Balancer, TaskLike, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.rows import combine_rows
 from mtl_jax.errors import ConfigError
@@ -81,7 +81,7 @@ class MetaBalanceState(NamedTuple):
     steps: Int[Array, " task"]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class MetaBalance(Balancer):
     relax: Any

@@ -3,11 +3,10 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer
+from mtl_jax.balancing.base import Balancer, register
 from mtl_jax.balancing.solvers import SolverState, min_norm, solver_diagnostics, solver_state
 from mtl_jax.errors import ConfigError
 
@@ -62,7 +61,7 @@ def mgda(*, normalize: str = "none") -> Balancer:
     return MGDA(normalize)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class MGDA(Balancer):
     normalize: str = dataclasses.field(metadata={"static": True})

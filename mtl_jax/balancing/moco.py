@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, only_active_rows
+from mtl_jax.balancing.base import Balancer, only_active_rows, register
 from mtl_jax.balancing.db_mtl import follow
 from mtl_jax.balancing.modo import mixed, shares_of
 from mtl_jax.balancing.options import checked
@@ -100,7 +100,7 @@ class MoCoState(NamedTuple):
     steps: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class MoCo(Balancer):
     beta: Any

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, num_active, only_active
+from mtl_jax.balancing.base import Balancer, num_active, only_active, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.rows import num_rows
 from mtl_jax.balancing.solvers import simplex_projection
@@ -64,7 +64,7 @@ class MixtureState(NamedTuple):
     mixture: Float[Array, " task"]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class MoDo(Balancer):
     gamma: Any

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer
+from mtl_jax.balancing.base import Balancer, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.solvers import SolverState, power_fixed_point, scaled, solver_diagnostics, solver_state
 from mtl_jax.errors import ConfigError
@@ -74,7 +74,7 @@ class NashState(NamedTuple):
     solver: SolverState
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class NashMTL(Balancer):
     max_norm: Any

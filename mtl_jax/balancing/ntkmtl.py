@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from mtl_jax.balancing.base import Balancer, NoState, only_active
+from mtl_jax.balancing.base import Balancer, NoState, only_active, register
 from mtl_jax.balancing.options import checked
 
 
@@ -49,7 +48,7 @@ def ntkmtl(*, exponent: float = 0.5) -> Balancer:
     return NtkMtl(checked(exponent, "ntkmtl(exponent)"))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class NtkMtl(Balancer):
     exponent: Any

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike
+from mtl_jax.balancing.base import Balancer, TaskLike, register
 from mtl_jax.balancing.cosmos import (
     NegativeWeights,
     count_negative,
@@ -72,7 +71,7 @@ def pbi(*, theta: float = 5.0, preference: PerTask | None = None, reference: Per
     return Pbi(checked(theta, "pbi(theta)", at_least=0.0), preference, checked(reference, "pbi(reference)"))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Pbi(Balancer):
     theta: Any

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mtl_jax.balancing.base import Balancer, NoState, only_active
+from mtl_jax.balancing.base import Balancer, NoState, only_active, register
 
 
 def pcgrad() -> Balancer:
@@ -53,7 +53,7 @@ def pcgrad() -> Balancer:
     return PCGrad()
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class PCGrad(Balancer):
     needs: ClassVar = "gramian"

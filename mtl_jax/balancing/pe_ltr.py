@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, NoState, TaskLike
+from mtl_jax.balancing.base import Balancer, NoState, TaskLike, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 from mtl_jax.balancing.solvers import gramian_eigenpairs, simplex_projection
 from mtl_jax.errors import ConfigError
@@ -59,7 +59,7 @@ def pe_ltr(*, min_weight: PerTask = 0.0) -> Balancer:
     return PELTR(min_weight)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class PELTR(Balancer):
     min_weight: Any

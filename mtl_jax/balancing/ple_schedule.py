@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike
+from mtl_jax.balancing.base import Balancer, TaskLike, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 from mtl_jax.balancing.period import Period, checked_period, count_call
 
@@ -69,7 +68,7 @@ class PleScheduleState(NamedTuple):
     calls: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class PleSchedule(Balancer):
     initial: Any

@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from mtl_jax.balancing.base import Balancer, NoState
+from mtl_jax.balancing.base import Balancer, NoState, register
 from mtl_jax.errors import ConfigError
 
 DISTRIBUTIONS = ("normal", "dirichlet")
@@ -55,7 +55,7 @@ def random(*, distribution: str = "normal") -> Balancer:
     return Random(distribution)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Random(Balancer):
     distribution: str = dataclasses.field(metadata={"static": True})

@@ -3,11 +3,10 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from mtl_jax.balancing.base import Balancer, NoState
+from mtl_jax.balancing.base import Balancer, NoState, register
 from mtl_jax.balancing.geometric import positive_losses
 
 
@@ -44,7 +43,7 @@ def scale_invariant() -> Balancer:
     return ScaleInvariant()
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class ScaleInvariant(Balancer):
     needs: ClassVar = "losses"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike, num_active, only_active
+from mtl_jax.balancing.base import Balancer, TaskLike, num_active, only_active, register
 from mtl_jax.balancing.modo import MixtureState, cross_gramian, largest_products, mixed, shares_of
 from mtl_jax.balancing.options import PerTask, by_position, checked, checked_count, vector
 from mtl_jax.balancing.solvers import simplex_projection
@@ -83,7 +83,7 @@ def sdmgrad(
     return SdmGrad(lambda_, inner_lr, momentum, preference, num_iterations)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class SdmGrad(Balancer):
     lambda_: Any

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, NoState, TaskLike, num_active
+from mtl_jax.balancing.base import Balancer, NoState, TaskLike, num_active, register
 from mtl_jax.balancing.cosmos import preferences, preferences_by_position
 from mtl_jax.balancing.geometric import positive_losses
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
@@ -109,7 +109,7 @@ class StchState(NamedTuple):
     calls: Int[Array, ""]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Stch(Balancer):
     mu: Any

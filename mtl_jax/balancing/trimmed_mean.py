@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, NoState, check_num_tasks, num_active
+from mtl_jax.balancing.base import Balancer, NoState, check_num_tasks, num_active, register
 from mtl_jax.balancing.options import checked_count
 
 
@@ -54,7 +54,7 @@ def trimmed_mean(*, trim: int = 1) -> Balancer:
     return TrimmedMean(checked_count(trim, "trimmed_mean(trim)", at_least=0))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class TrimmedMean(Balancer):
     trim: int = dataclasses.field(metadata={"static": True})

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike
+from mtl_jax.balancing.base import Balancer, TaskLike, register
 from mtl_jax.balancing.learnable import Learnable, adam_step, learnable
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 from mtl_jax.errors import ConfigError
@@ -76,7 +76,7 @@ class UncertaintyState(NamedTuple):
     log_var: Learnable
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Uncertainty(Balancer):
     likelihood: str | tuple[str, ...] | None = dataclasses.field(metadata={"static": True})

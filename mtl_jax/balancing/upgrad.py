@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike, num_active
+from mtl_jax.balancing.base import Balancer, TaskLike, num_active, register
 from mtl_jax.balancing.options import PerTask, by_position, checked, vector
 from mtl_jax.balancing.solvers import SolverState, dual_cone, solver_diagnostics, solver_state
 
@@ -60,7 +59,7 @@ def upgrad(*, preference: PerTask | None = None, reg_eps: float = 0.0) -> Balanc
     return UPGrad(preference, checked(reg_eps, "upgrad(reg_eps)", at_least=0.0))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class UPGrad(Balancer):
     preference: Any

@@ -213,8 +213,8 @@ class Step:
         """What steps have in common that share a compiled program: all but the values of :meth:`numbers`."""
         sparse = tuple((name, features) for name, features in self.sparse.items())
         return (
-            self.functional, self.tasks, self.objective, jax.tree.structure(self.numbers()), self.options,
-            self.optimizer.program(), sparse, self.micro_batches, self.precision, self.average, self.axis,
+            self.functional, self.tasks, self.objective, type(self.balancer), jax.tree.structure(self.numbers()),
+            self.options, self.optimizer.program(), sparse, self.micro_batches, self.precision, self.average, self.axis,
         )  # fmt: skip
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Sums]:

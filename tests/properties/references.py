@@ -46,7 +46,7 @@ def adam(learning_rate):
 def on_simplex(point, total=1.0):
     """The nearest point with entries >= 0 that sum to ``total``: the root of a decreasing function of one shift."""
     low, high = point.min() - total, point.max()
-    for _ in range(200):
+    for _ in range(60):
         shift = (low + high) / 2
         low, high = (shift, high) if np.maximum(point - shift, 0).sum() > total else (low, shift)
     support = point > low
@@ -339,16 +339,19 @@ def gradvac(beta):
             mine = edited[position[task]]
             start = np.linalg.norm(mine)
             for other in draws[task]:
-                if other not in position or other == task or np.linalg.norm(mine) < 1e-3 * start:
+                if other not in position or other == task:
                     continue
                 row = rows[position[other]]
                 length, norm = np.linalg.norm(mine), np.linalg.norm(row)
+                if length == 0:
+                    continue
                 cosine = np.clip(mine @ row / (length * norm), -1, 1)
                 target = np.clip(usual.get((task, other), 0.0), -1 + 1e-6, 1 - 1e-6)
                 sine, target_sine = np.sqrt(1 - cosine**2), np.sqrt(1 - target**2)
                 if cosine < target:
                     mine += length * (target * sine - cosine * target_sine) / (norm * target_sine) * row
-                usual[task, other] = (1 - beta) * usual.get((task, other), 0.0) + beta * cosine
+                if length >= 1e-3 * start:  # else it is what rounding left of it
+                    usual[task, other] = (1 - beta) * usual.get((task, other), 0.0) + beta * cosine
         return np.array([*rows, *(edited - rows)])
 
     return step
@@ -365,8 +368,9 @@ def cagrad(c):
             inverse = pseudo_inverse(unit_rows(rows[support])) / lengths(rows[support])
             spread, part = inverse.sum(axis=1), inverse @ (rows[support] @ mean)
             # All gains are the same number m on the support: |m * spread - part| is the radius.
-            roots = np.roots([spread @ spread, -2 * spread @ part, part @ part - radius**2])
-            for level in roots[np.isreal(roots)].real:
+            middle = spread @ part / (spread @ spread)
+            square = middle**2 - (part @ part - radius**2) / (spread @ spread)
+            for level in (middle - square**0.5, middle + square**0.5) if square >= 0 else ():
                 toward = level * spread - part
                 direction = mean + radius * toward / np.linalg.norm(toward)
                 if np.min(rows @ direction) > gain:
@@ -424,7 +428,7 @@ def nash_mtl(reg_eps, max_norm):
 
     def step(rows, losses, tasks, draws):
         terms = weights(rows)[:, None] * rows
-        return min(1.0, max_norm / np.linalg.norm(terms.sum(axis=0))) * terms
+        return terms * max_norm / max(max_norm, np.linalg.norm(terms.sum(axis=0)))
 
     return step
 

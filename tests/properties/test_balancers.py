@@ -1,47 +1,52 @@
 """What every balancer keeps to: one suite over all methods, each against a NumPy loop written from its formula.
 
-A new method is one row of ``METHODS``. All cases share one shape (8 rows masked by ``active``, 50 columns, zero where a
-case has fewer), so that a method compiles a handful of times, however many cases there are.
+A new method is one row of ``METHODS`` and one function of ``references.py``. All cases share one shape (8 rows masked by
+``active``, 50 columns, zero where a case has fewer), so that a method compiles a handful of times, however many cases
+there are. A case is a training of three steps, and its direction is that of the last: states are not initial ones.
 """
 
 import dataclasses
 import functools
+import importlib.util
+import inspect
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax.balancing import Balancer, aggregate, equal, fixed, pcgrad, uncertainty
-from mtl_jax.balancing.base import gramian, weigh
+from mtl_jax import balancing
+from mtl_jax.balancing import Balancer, aggregate
+from mtl_jax.balancing.base import combine, weigh
+from mtl_jax.balancing.graddrop import draw_uniform
 from mtl_jax.balancing.pcgrad import draw_orders
+from mtl_jax.balancing.rows import combine_rows
+from mtl_jax.balancing.solvers import SolverState
 
-NUM_TASKS, NUM_PARAMS, NUM_CASES = 8, 50, 200
+NUM_TASKS, NUM_PARAMS, NUM_CASES, NUM_STEPS = 8, 50, 200, 3
 FIXED = np.array([0.5, 1.0, 0.0, 2.0, 0.25, 4.0, 1.5, 3.0])
 INITIAL = np.linspace(-1.0, 1.0, NUM_TASKS)
+SHARES = np.linspace(0.05, 0.2, NUM_TASKS)
+
+# A program runs once here: quick to build is quick.
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
+PRECISIONS = [
+    pytest.param(np.float32, 1e-3, id="f32"),
+    pytest.param(np.float64, 1e-8, id="f64", marks=pytest.mark.slow),
+]
 
 
-def direction_of_pcgrad(jacobian, losses, tasks, key):
-    """The paper's loop on explicit gradients, over the active tasks; returns the direction."""
-    orders = np.asarray(draw_orders(key, NUM_TASKS))
-    projected = {task: jacobian[task].copy() for task in tasks}
-    for task in tasks:
-        for other in orders[task]:
-            dot = projected[task] @ jacobian[other]
-            if other in tasks and other != task and dot < 0:
-                projected[task] -= dot / (jacobian[other] @ jacobian[other]) * jacobian[other]
-    return sum(projected.values())
+def _references():
+    spec = importlib.util.spec_from_file_location("references", Path(__file__).with_name("references.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def direction_of_uncertainty(jacobian, losses, tasks, key):
-    """After one step on the same losses: Adam's first step is the sign of its gradient times the rate (0.3)."""
-    direction = np.zeros(NUM_PARAMS)
-    for task in tasks:
-        gradient = 0.5 - 0.5 * np.exp(-INITIAL[task]) * losses[task]
-        log_var = INITIAL[task] - 0.3 * gradient / (abs(gradient) + 1e-8)
-        direction += 0.5 * np.exp(-log_var) * jacobian[task]
-    return direction
+references = _references()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,48 +55,181 @@ class Method:
 
     Attributes:
       run_axis: Balancers that differ in numeric hyperparameters only; the first is the one that the suite tests.
-      reference: (jacobian, losses, active task numbers, key) -> the direction of a second step on the same batch.
+      reference: Makes the step of ``references.py`` with the same options.
+      draw: (key) -> what a stochastic method draws.
       linear: Whether the direction is linear in positive factors of the rows.
+      ordered: Why the order of the tasks matters, where it does.
+      agrees: Cases whose direction conflicts with no task (:func:`chosen`).
+      gain: Length of the direction for equal gradients, relative to what ``Balancer.scaling`` says.
+      instant: Whether the direction depends on the last step alone, which spares the reference the others.
+      unsettled: Where rounding decides the direction: with gradients ``near stationary``, where a mixture of them
+        vanishes, ``nearly dependent`` or ``dependent`` (:func:`settled`).
+      tolerance: Of the direction in float64.
     """
 
     run_axis: tuple[Balancer, ...]
     reference: Callable
+    draw: Callable | None = None
     linear: bool = False
+    ordered: str = ""
+    agrees: str = ""
+    gain: float = 1.0
+    instant: bool = False
+    unsettled: str = ""
+    tolerance: float = 1e-8
+
+
+def method(factory, formula=None, /, *, second=None, **options):
+    formula = formula or getattr(references, factory.__name__)
+    known = inspect.signature(formula).parameters
+    facts = {field.name: options.pop(field.name) for field in dataclasses.fields(Method)[2:] if field.name in options}
+    return Method(
+        (factory(**options), factory(**options | (second or {}))),
+        functools.partial(formula, **{name: value for name, value in options.items() if name in known}),
+        **facts,
+    )
+
+
+def orders(key):
+    return draw_orders(key, NUM_TASKS)
 
 
 METHODS = {
-    "equal": Method(
-        (equal(), equal()),
-        lambda jacobian, losses, tasks, key: sum(jacobian[task] for task in tasks),
+    "equal": method(balancing.equal, linear=True),
+    "equal_mean": method(balancing.equal, reduction="mean", linear=True),
+    "fixed": method(balancing.fixed, weights=FIXED, second={"weights": 2 * FIXED + 1}, linear=True),
+    "uncertainty": method(
+        balancing.uncertainty,
+        likelihood="regression",
+        initial=INITIAL,
+        weight_lr=0.3,
+        second={"weight_lr": 0.01},
         linear=True,
     ),
-    "equal_mean": Method(
-        (equal(reduction="mean"), equal(reduction="mean")),
-        lambda jacobian, losses, tasks, key: np.mean([jacobian[task] for task in tasks], axis=0),
+    "imtl_l": method(balancing.imtl_l, weight_lr=0.3, second={"weight_lr": 0.01}, linear=True),
+    "dwa": method(balancing.dwa, temperature=2.0, period=1, second={"temperature": 0.5}, linear=True),
+    "geometric": method(balancing.geometric, linear=True),
+    "scale_invariant": method(balancing.scale_invariant, linear=True),
+    "random": method(balancing.random, draw=lambda key: jax.random.normal(key, (NUM_TASKS,), float), linear=True),
+    "stch": method(balancing.stch, mu=0.5, preference=SHARES, reference=-0.1, second={"mu": 0.1}, linear=True),
+    "stch_log_nadir": method(
+        balancing.stch,
+        references.stch_log_nadir,
+        transform="log_nadir",
+        mu=0.5,
+        warmup=2,
+        period=1,
+        second={"mu": 0.1},
         linear=True,
     ),
-    "fixed": Method(
-        (fixed(weights=FIXED), fixed(weights=2 * FIXED + 1)),
-        lambda jacobian, losses, tasks, key: sum(FIXED[task] * jacobian[task] for task in tasks),
+    "cosmos": method(balancing.cosmos, lambda_=1.0, second={"lambda_": 0.1}, linear=True),
+    "pbi": method(balancing.pbi, theta=5.0, second={"theta": 1.0}, linear=True),
+    "famo": method(
+        balancing.famo, weight_lr=0.3, weight_decay=0.01, bound=-0.1, second={"weight_lr": 0.1}, linear=True
+    ),
+    "go4align": method(balancing.go4align, num_groups=3, eta=0.1, second={"eta": 0.3}, linear=True),
+    "ldc_mtl": method(
+        balancing.ldc_mtl, lambda_=0.3, weight_lr=0.3, second={"lambda_": 0.1}, linear=True, ordered="neighbours"
+    ),
+    "ple_schedule": method(
+        balancing.ple_schedule,
+        initial=FIXED,
+        decay=5 * SHARES,
+        period=1,
+        second={"initial": 2 * FIXED + 1},
         linear=True,
     ),
-    "uncertainty": Method(
-        (
-            uncertainty(likelihood="regression", initial=INITIAL, weight_lr=0.3),
-            uncertainty(likelihood="regression", initial=-INITIAL, weight_lr=0.01),
-        ),
-        direction_of_uncertainty,
-        linear=True,
+    "gradnorm": method(balancing.gradnorm, alpha=1.5, weight_lr=0.3, second={"alpha": 0.5}),
+    "mgda": method(balancing.mgda, agrees="all", instant=True),
+    "mgda_loss+": method(balancing.mgda, normalize="loss+", instant=True, unsettled="near stationary"),
+    "pcgrad": method(balancing.pcgrad, draw=orders, linear=True, agrees="two"),
+    # The sine of an angle close to 0, from its cosine, has half of the digits.
+    "gradvac": method(balancing.gradvac, beta=0.3, second={"beta": 0.5}, draw=orders, tolerance=1e-7),
+    "cagrad": method(balancing.cagrad, c=0.5, second={"c": 0.1}, gain=1.5, instant=True, unsettled="near stationary"),
+    "cagrad_1": method(
+        balancing.cagrad, c=1.0, second={"c": 0.1}, gain=2.0, agrees="away", instant=True, unsettled="near stationary"
     ),
-    "pcgrad": Method((pcgrad(), pcgrad()), direction_of_pcgrad, linear=True),
+    "imtl_g": method(balancing.imtl_g, agrees="independent", unsettled="nearly dependent"),
+    "imtl": method(balancing.imtl, weight_lr=0.3, second={"weight_lr": 0.1}, unsettled="nearly dependent"),
+    "graddrop": method(
+        balancing.graddrop,
+        leak=INITIAL**2,
+        second={"leak": 1 - INITIAL**2},
+        draw=lambda key: draw_uniform(key, jnp.zeros((NUM_TASKS, NUM_PARAMS), float)),
+    ),
+    "nash_mtl": method(
+        balancing.nash_mtl, max_norm=1.0, reg_eps=1e-6, second={"max_norm": 0.5}, agrees="away", instant=True
+    ),
+    "fairgrad": method(balancing.fairgrad, alpha=2.0, reg_eps=1e-6, second={"alpha": 1.0}, agrees="away", instant=True),
+    "aligned_mtl": method(balancing.aligned_mtl, second={"preference": 2.0}, unsettled="nearly dependent"),
+    "moco": method(
+        balancing.moco,
+        beta=0.5,
+        beta_sigma=0.5,
+        gamma=1e-3,
+        gamma_sigma=0.5,
+        rho=0.1,
+        second={"gamma": 1e-2},
+        gain=1 - 0.5 * (1 - 0.5**1.5) * (1 - 0.5 * 3**-0.5),
+    ),
+    "modo": method(balancing.modo, gamma=1e-3, rho=0.1, second={"gamma": 1e-2}),
+    "sdmgrad": method(
+        balancing.sdmgrad, lambda_=0.3, inner_lr=0.5, momentum=0.5, num_iterations=5, second={"inner_lr": 0.1}
+    ),
+    "db_mtl": method(balancing.db_mtl, beta=0.9, sigma=0.5, second={"beta": 0.5}, gain=1 - 0.9**3 * 2**-0.5 * 3**-0.5),
+    "excess_mtl": method(balancing.excess_mtl, eta=0.5, num_warmup=1, second={"eta": 0.1}),
+    "upgrad": method(balancing.upgrad, second={"reg_eps": 0.1}, linear=True, agrees="all", instant=True),
+    "dual_proj": method(balancing.dual_proj, second={"reg_eps": 0.1}, agrees="all", instant=True),
+    "config": method(
+        balancing.config,
+        preference=FIXED + 0.5,
+        second={"preference": INITIAL + 2},
+        linear=True,
+        agrees="independent",
+        unsettled="nearly dependent",
+    ),
+    "m_config": method(
+        balancing.m_config,
+        beta_1=0.9,
+        beta_2=0.99,
+        tasks_per_call=4,
+        second={"beta_1": 0.5},
+        ordered="turns",
+        unsettled="dependent",
+    ),
+    "metabalance": method(balancing.metabalance, relax=0.7, beta=0.9, second={"relax": 0.1}, ordered="main task first"),
+    "krum": method(balancing.krum, num_byzantine=1, num_selected=2),
+    "trimmed_mean": method(balancing.trimmed_mean, trim=1),
+    "cr_mogm": method(
+        balancing.cr_mogm,
+        functools.partial(references.cr_mogm, references.shortest_mixture),
+        base=balancing.mgda(),
+        alpha=0.6,
+        second={"alpha": 0.1},
+        unsettled="near stationary",
+    ),
+    "pe_ltr": method(balancing.pe_ltr, min_weight=SHARES / 2, second={"min_weight": SHARES / 4}, instant=True),
+    "ntkmtl": method(balancing.ntkmtl, exponent=0.5, second={"exponent": 0.3}),
+}
+
+
+WEAK = "its initial state is of a weak type, that of the next step is not: two traces"
+WIDENED = "in float64 its turn starts as int32 and goes on as int64: a scan over steps refuses that"
+DEFECTS = {
+    "test_one_trace_serves_all_steps_and_hyperparameters[moco]": WEAK,
+    "test_one_trace_serves_all_steps_and_hyperparameters[modo]": WEAK,
+    "test_one_trace_serves_all_steps_and_hyperparameters[sdmgrad]": WEAK,
+    "test_one_trace_serves_all_steps_and_hyperparameters[excess_mtl]": WEAK,
+    "test_direction_is_that_of_the_numpy_loop[m_config-f64]": WIDENED,
+    "test_padding_changes_nothing[m_config]": WIDENED,
 }
 
 
 @functools.cache
 def cases():
-    """Jacobians of all ranks with norm ratios to 1e3, their losses, and which of the 8 rows are tasks."""
+    """Jacobians [case, step, task, column] of all ranks with norm ratios to 1e3, losses and which rows are tasks."""
     rng = np.random.default_rng(0)
-    jacobians = np.zeros((NUM_CASES, NUM_TASKS, NUM_PARAMS))
+    jacobians = np.zeros((NUM_CASES, NUM_STEPS, NUM_TASKS, NUM_PARAMS))
     active = np.zeros((NUM_CASES, NUM_TASKS), bool)
     for jacobian, present in zip(jacobians, active, strict=True):
         num_tasks = rng.choice([1, 2, 3, 5, 8])
@@ -100,215 +238,362 @@ def cases():
         rows = rng.normal(size=(num_tasks, rank)) @ rng.normal(size=(rank, num_params))
         rows *= 10 ** rng.uniform(-1.5, 1.5, size=(num_tasks, 1))
         tasks = np.sort(rng.permutation(NUM_TASKS)[:num_tasks])
-        jacobian[tasks, :num_params] = rows
+        for step in range(NUM_STEPS):
+            factors = rng.choice([-1, 1], num_params) * rng.uniform(0.5, 2.0, num_params)
+            jacobian[step, tasks, :num_params] = factors * rows
         present[tasks] = True
-    losses = 10 ** rng.uniform(-2, 1, size=(NUM_CASES, NUM_TASKS))
+    losses = 10 ** rng.uniform(-2, 1, size=(NUM_CASES, NUM_STEPS, NUM_TASKS))
     return jacobians, losses, active
 
 
-@pytest.fixture(params=METHODS)
-def method(request):
-    return METHODS[request.param]
+@functools.cache
+def keys():
+    return jax.random.split(jax.random.key(0), NUM_CASES)
 
 
 @functools.cache
-def keys(num_keys=NUM_CASES):
-    return jax.random.split(jax.random.key(0), num_keys)
+def expected(name, dtype):
+    """Directions of the reference, and for each case the largest entry of a term of their sums."""
+    method = METHODS[name]
+    draws = [None] * NUM_CASES
+    if method.draw:
+        with jax.enable_x64(dtype == np.float64):
+            draws = np.asarray(jax.jit(jax.vmap(method.draw))(keys()))
+    directions, scales = [], []
+    for jacobian, loss, present, draw in zip(*cases(), draws, strict=True):
+        step = method.reference()
+        tasks = np.flatnonzero(present)
+        for number in range(NUM_STEPS - 1 if method.instant else 0, NUM_STEPS):
+            rows = jacobian[number, tasks]
+            if method.run_axis[0].num_batches > 1:
+                rows = np.roll(jacobian, -number, axis=0)[:, tasks]
+            terms = step(rows, loss[number, tasks], tasks, draw)
+            if hasattr(step, "observe"):
+                step.observe(loss[(number + 1) % NUM_STEPS, tasks])
+        directions.append(terms.sum(axis=0))
+        scales.append(np.abs(terms).max())
+    return np.array(directions), np.array(scales)
 
 
-def two_steps(balancer, jacobian, losses, active, key):
-    """Weights, direction and state of a second step on one batch, so that the state is not the initial one."""
-    draw = key if balancer.stochastic else None
-    products = gramian(jacobian) if balancer.needs == "gramian" else None
-    _, state, _ = weigh(balancer, products, losses, balancer.init(NUM_TASKS), draw, active)
-    weights, _, _ = weigh(balancer, products, losses, state, draw, active)
-    direction, state = aggregate(balancer, jacobian, state, losses=losses, key=draw, active=active)
-    return weights, direction, state
+@functools.cache
+def margins():
+    """How far a case is from gradients whose mixture vanishes and from dependent ones; the least of its steps."""
+    least = []
+    for jacobian, _, present in zip(*cases(), strict=True):
+        steps = [rows[present] for rows in jacobian]
+        smallest, independent = zip(*map(references.independence, steps), strict=True)
+        least.append((min(map(references.stationarity, steps)), min(smallest), all(independent)))
+    return tuple(np.array(values) for values in zip(*least, strict=True))
 
 
-jitted = jax.jit(jax.vmap(two_steps, in_axes=(None, 0, 0, 0, 0)))
+def chosen(where):
+    """Which cases: ``all``, those with ``two`` or ``independent`` gradients, or ``away`` from where a mixture vanishes."""
+    stationarity, smallest, independent = margins()
+    return {
+        "all": np.ones(NUM_CASES, bool),
+        "two": (cases()[2].sum(axis=1) == 2) & independent & (stationarity > 1e-2),
+        "independent": independent & (smallest > 3e-2),
+        "away": stationarity > 3e-2,
+    }[where]
 
 
-def evaluate(method, jacobians, losses, active, *, balancer=None, dtype=np.float32):
-    arrays = (jnp.asarray(jacobians, dtype), jnp.asarray(losses, dtype), jnp.asarray(active), keys())
-    return jax.tree.map(np.asarray, jitted(balancer or method.run_axis[0], *arrays))
+def settled(name, dtype=np.float32):
+    """Cases whose direction is not decided by rounding."""
+    stationarity, smallest, _ = margins()
+    single = dtype == np.float32
+    return {
+        "": chosen("all"),
+        "near stationary": stationarity > (3e-2 if single else 1e-3),
+        "nearly dependent": smallest > (1e-2 if single else 1e-6),
+        "dependent": chosen("independent") if single else expected(name, dtype)[1] > 0,
+    }[METHODS[name].unsettled]
 
 
-def assert_close(actual, expected, scale, tolerance):
+def train(balancer, jacobians, losses, active, key):
+    """Weights (0 of a method without), direction and state of the last step."""
+
+    def step(state, batch):
+        jacobian, loss, after = batch
+        draw = key if balancer.stochastic else None
+        if balancer.needs == "jacobian":
+            weights = jnp.zeros_like(loss)
+            direction, state, _ = combine(balancer, jacobian, loss, state, draw, active)
+        else:
+            products = balancer.products(jacobian) if balancer.needs == "gramian" else None
+            weights, state, _ = weigh(balancer, products, loss, state, draw, active)
+            direction = combine_rows(weights, jacobian if balancer.num_batches == 1 else jacobian[-1])
+        if balancer.observes:
+            state = balancer.observe(after, state, active=active)
+        return state, (weights, direction)
+
+    state = balancer.init(jacobians.shape[1], jnp.zeros(jacobians.shape[2]))
+    batches = batches_of(balancer, jacobians), losses, jnp.roll(losses, -1, axis=0)
+    state, results = jax.lax.scan(step, state, batches)
+    return *(values[-1] for values in results), state
+
+
+def batches_of(balancer, jacobians):
+    """What the steps get: the Jacobian of each, or for several batches a step all of them in turn."""
+    if balancer.num_batches == 1:
+        return jacobians
+    return jnp.stack([jnp.roll(jacobians, -number, axis=0) for number in range(NUM_STEPS)])
+
+
+@functools.cache
+def compiled(function, kind):
+    """One program for each type of balancer: some versions of jaxlib take types with the same fields for each other."""
+    return jax.jit(lambda *arguments: function(*arguments))  # anew, or jax.jit shares what it has for the function
+
+
+trained = jax.vmap(train, in_axes=(None, 0, 0, 0, 0))
+
+
+def evaluate(balancer, jacobians, losses, active, *, dtype=np.float32, draws=None):
+    arrays = jnp.asarray(jacobians, dtype), jnp.asarray(losses, dtype), jnp.asarray(active)
+    return jax.tree.map(
+        np.asarray, compiled(trained, type(balancer))(balancer, *arrays, keys() if draws is None else draws)
+    )
+
+
+@pytest.fixture(params=METHODS)
+def name(request):
+    if request.node.name in DEFECTS:
+        request.applymarker(pytest.mark.xfail(strict=True, reason=DEFECTS[request.node.name]))
+    return request.param
+
+
+@pytest.fixture
+def method(name):
+    return METHODS[name]
+
+
+def assert_close(actual, expected, scale, tolerance, where=None):
     """Case by case, relative to ``scale``."""
     excess = np.abs(actual - expected).max(axis=-1) - tolerance * scale
+    excess = np.where(np.ones(len(excess), bool) if where is None else where, excess, -np.inf)
     assert np.max(excess) <= 0, f"case {np.argmax(excess)} is off by more than {tolerance}"
 
 
-def largest_term(weights, jacobians):
-    """Largest entry of any w_i g_i: where tasks cancel, their sum is known to its rounding only."""
-    return np.max(np.abs(weights[:, :, None] * jacobians), axis=(1, 2))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-3), (np.float64, 1e-8)], ids=["f32", "f64"])
-def test_direction_is_that_of_the_numpy_loop(method, dtype, tolerance):
-    jacobians, losses, active = cases()
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_direction_is_that_of_the_numpy_loop(name, dtype, tolerance):
+    method, where = METHODS[name], settled(name, dtype)
     with jax.enable_x64(dtype == np.float64):
-        weights, directions, _ = evaluate(method, jacobians, losses, active, dtype=dtype)
-        assert weights.dtype == directions.dtype == dtype
-    expected = [
-        method.reference(jacobian, loss, np.flatnonzero(present), key)
-        for jacobian, loss, present, key in zip(jacobians, losses, active, keys(), strict=True)
-    ]
-    assert_close(directions, expected, largest_term(weights, jacobians), tolerance)
+        weights, directions, _ = evaluate(method.run_axis[0], *cases(), dtype=dtype)
+    assert weights.dtype == directions.dtype == dtype
+    assert np.sum(where) >= NUM_CASES // 4
+    assert_close(directions, *expected(name, dtype), max(tolerance, method.tolerance), where)
 
 
 def test_results_are_finite_and_absent_tasks_weigh_nothing(method):
     jacobians, losses, active = cases()
-    weights, directions, _ = evaluate(method, jacobians, losses, active)
+    weights, directions, _ = evaluate(method.run_axis[0], jacobians, losses, active)
     assert weights.shape == (NUM_CASES, NUM_TASKS)
     assert directions.shape == (NUM_CASES, NUM_PARAMS)
     assert np.all(np.isfinite(weights)) and np.all(np.isfinite(directions))
     assert np.all(weights[~active] == 0)
-    assert np.any(weights[active] != 0)
+    assert np.any(directions != 0)
+    assert np.any(weights[active] != 0) != (method.run_axis[0].needs == "jacobian")
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1e6])
-def test_homogeneity(method, factor):
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**20])
+def test_homogeneity(name, factor):
+    """By a power of 2, about a million, which scales without rounding."""
+    balancer = METHODS[name].run_axis[0]
+    if balancer.homogeneity is None:
+        pytest.skip("the direction is not homogeneous")
     jacobians, losses, active = cases()
-    degree = method.run_axis[0].homogeneity
-    weights, directions, _ = evaluate(method, jacobians, losses, active)
-    _, scaled, _ = evaluate(method, factor * jacobians, losses, active)
-    assert_close(scaled / factor**degree, directions, largest_term(weights, jacobians), 1e-3)
+    _, directions, _ = evaluate(balancer, jacobians, losses, active)
+    _, scaled, _ = evaluate(balancer, factor * jacobians, losses, active)
+    assert_close(scaled / factor**balancer.homogeneity, directions, expected(name, np.float32)[1], 1e-4, settled(name))
 
 
-def test_order_of_the_tasks_does_not_matter(method):
-    """Permuting rows, losses and per-task options permutes the weights; in the mean over keys where it draws."""
-    jacobians, losses, active = cases()
+def test_order_of_the_tasks_does_not_matter(name):
+    """Permuting rows, losses and per-task options leaves the direction; in the mean over keys where it draws."""
+    method = METHODS[name]
+    if method.ordered:
+        pytest.skip(f"it does: {method.ordered}")
     order = np.random.default_rng(1).permutation(NUM_TASKS)
+    jacobians, losses, active = cases()
     balancer = method.run_axis[0]
     permuted = jax.tree.map(lambda leaf: leaf[order] if np.shape(leaf) == (NUM_TASKS,) else leaf, balancer)
     if balancer.stochastic:
-        case = np.flatnonzero(active.sum(axis=1) == 3)[0]
-        repeats = [np.repeat(array[case : case + 1], NUM_CASES, axis=0) for array in cases()]
-        weights, _, _ = evaluate(method, *repeats)
-        moved, _, _ = evaluate(method, *(array[:, order] for array in repeats), balancer=permuted)
-        difference = np.mean(moved, axis=0) - np.mean(weights, axis=0)[order]
-        error = np.sqrt((np.var(moved, axis=0) + np.var(weights, axis=0)[order]) / NUM_CASES)
-        assert np.all(np.abs(difference) <= 4 * error + 1e-5 * np.max(np.abs(weights)))
+        case = np.flatnonzero((active.sum(axis=1) == 8) & chosen("independent"))[0]
+        jacobians, losses, active = (np.repeat(array[case : case + 1], NUM_CASES, axis=0) for array in cases())
+    _, directions, _ = evaluate(balancer, jacobians, losses, active)
+    _, moved, _ = evaluate(permuted, jacobians[:, :, order], losses[:, :, order], active[:, order])
+    if balancer.stochastic:
+        difference = np.mean(moved, axis=0) - np.mean(directions, axis=0)
+        error = np.sqrt((np.var(moved, axis=0) + np.var(directions, axis=0)) / NUM_CASES)
+        assert np.all(np.abs(difference) <= 4 * error + 1e-5 * np.max(np.abs(directions)))
+        assert np.any(moved != directions)
     else:
-        weights, _, _ = evaluate(method, jacobians, losses, active)
-        moved, _, _ = evaluate(method, jacobians[:, order], losses[:, order], active[:, order], balancer=permuted)
-        assert_close(moved, weights[:, order], np.max(np.abs(weights), axis=1), 1e-5)
+        assert_close(moved, directions, expected(name, np.float32)[1], 1e-3, settled(name))
 
 
-def test_linear_in_positive_factors_of_the_rows(method):
+def test_linear_in_positive_factors_of_the_rows(name):
+    method = METHODS[name]
     if not method.linear:
         pytest.skip("the method is not linear under row scaling")
     jacobians, losses, active = cases()
-    rng = np.random.default_rng(2)
-    first, second = rng.uniform(0.1, 2.0, size=(2, NUM_TASKS, 1))
-    _, one, _ = evaluate(method, first * jacobians, losses, active)
-    _, other, _ = evaluate(method, second * jacobians, losses, active)
-    weights, both, _ = evaluate(method, (first + second) * jacobians, losses, active)
-    assert_close(one + other, both, largest_term(weights, (first + second) * jacobians), 1e-3)
+    first, second = np.random.default_rng(2).uniform(0.1, 2.0, size=(2, NUM_TASKS, 1))
+    balancer = method.run_axis[0]
+    _, one, _ = evaluate(balancer, first * jacobians, losses, active)
+    _, other, _ = evaluate(balancer, second * jacobians, losses, active)
+    weights, both, _ = evaluate(balancer, (first + second) * jacobians, losses, active)
+    largest_term = np.max(np.abs(weights[:, :, None] * (first + second) * jacobians[:, -1]), axis=(1, 2))
+    assert_close(one + other, both, largest_term, 1e-3, settled(name))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_direction_conflicts_with_no_task(name, dtype, tolerance):
+    method = METHODS[name]
+    if not method.agrees:
+        pytest.skip("the direction may conflict with a task")
+    jacobians, losses, active = cases()
+    with jax.enable_x64(dtype == np.float64):
+        _, directions, _ = evaluate(method.run_axis[0], jacobians, losses, active, dtype=dtype)
+    rows = jacobians[:, -1]
+    gains = np.einsum("ctp,cp->ct", rows, directions) / np.maximum(np.linalg.norm(rows, axis=2), 1e-30)
+    where = chosen(method.agrees)
+    assert np.sum(where) >= 10
+    assert_close(np.minimum(gains, 0), 0, expected(name, dtype)[1], tolerance, where)
+    _, plain, _ = evaluate(balancing.equal(), jacobians, losses, active)
+    assert np.any(np.einsum("ctp,cp->ct", rows, plain)[where] < 0), "no case to tell from the sum"
+
+
+def test_equal_gradients_are_summed_or_averaged_as_the_method_says(method):
+    balancer = method.run_axis[0]
+    if balancer.scaling == "own":
+        pytest.skip("the method has a length of its own")
+    jacobians, losses, active = cases()
+    rows = jacobians[np.arange(NUM_CASES), -1, np.argmax(active, axis=1)]
+    equal = np.where(active[:, None, :, None], rows[:, None, None], 0) + np.zeros_like(jacobians)
+    _, directions, _ = evaluate(balancer, equal, np.ones_like(losses), active)
+    factors = active.sum(axis=1) if balancer.scaling == "sum" else np.ones(NUM_CASES)
+    largest = factors * np.max(np.abs(rows), axis=1)
+    assert_close(directions, method.gain * factors[:, None] * rows, largest, 1e-4)
+
+
+@functools.partial(jax.vmap, in_axes=(None, 0, 0, None, None))
+def called_directly(balancer, jacobian, losses, active, key):
+    state = balancer.init(NUM_TASKS, jnp.zeros(NUM_PARAMS))
+    if balancer.needs == "jacobian":
+        return balancer.combine(jacobian, losses, state, key, active=active)
+    return balancer.weigh(balancer.products(jacobian), losses, state, key, active=active)
 
 
 def test_absent_tasks_are_not_read_and_keep_their_state(method):
-    """Called directly, too: garbage in their entries changes no weight, and their entries of the state stay."""
+    """Called directly, too: garbage in their entries changes nothing, and their entries of the state stay."""
     jacobians, losses, active = cases()
-    case = np.flatnonzero(active.sum(axis=1) == 3)[0]
-    present = jnp.asarray(active[case])
-    balancer, state = method.run_axis[0], method.run_axis[0].init(NUM_TASKS)
-    products = jnp.asarray(jacobians[case] @ jacobians[case].T, jnp.float32)
-    garbage = jnp.where(present[:, None] & present, products, -7.0)
-    loss = jnp.asarray(losses[case], jnp.float32)
-    expected, _ = balancer.weigh(products, loss, state, keys()[0], active=present)
-    weights, after = balancer.weigh(garbage, jnp.where(present, loss, 1e9), state, keys()[0], active=present)
+    case = np.flatnonzero((active.sum(axis=1) == 3) & chosen("independent"))[0]
+    balancer, present = method.run_axis[0], active[case]
+    jacobian = jacobians[case] if balancer.num_batches > 1 else jacobians[case, -1]
+    garbage = np.where(present[:, None], jacobian, 7.0), np.where(present, losses[case, -1], 1e9)
+    both = (
+        jnp.asarray(np.stack(pair), jnp.float32) for pair in zip((jacobian, losses[case, -1]), garbage, strict=True)
+    )
+    (expected, weights), after = compiled(called_directly, type(balancer))(
+        balancer, *both, jnp.asarray(present), keys()[0]
+    )
     np.testing.assert_array_equal(weights, expected)
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+    for old, new in zip(
+        jax.tree.leaves(balancer.init(NUM_TASKS, jnp.zeros(NUM_PARAMS))), jax.tree.leaves(after), strict=True
+    ):
         if np.shape(old)[:1] == (NUM_TASKS,):
-            np.testing.assert_array_equal(np.asarray(new)[~active[case]], np.asarray(old)[~active[case]])
+            np.testing.assert_array_equal(np.asarray(new)[1][~present], np.asarray(old)[~present])
+
+
+def assert_nothing_happened(balancer, results):
+    weights, directions, state = results
+    assert not np.any(weights) and not np.any(directions)
+    initial = balancer.init(NUM_TASKS, jnp.zeros(NUM_PARAMS))
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, np.stack([old] * NUM_CASES)), state, initial)
 
 
 def test_without_active_tasks_nothing_happens(method):
     jacobians, losses, active = cases()
-    weights, directions, state = evaluate(method, jacobians, losses, np.zeros_like(active))
-    assert not np.any(weights) and not np.any(directions)
-    initial = method.run_axis[0].init(NUM_TASKS)
-    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, np.stack([old] * NUM_CASES)), state, initial)
+    balancer = method.run_axis[0]
+    assert_nothing_happened(balancer, evaluate(balancer, jacobians, losses, np.zeros_like(active)))
+
+
+def test_nothing_happens_where_a_loss_is_not_finite(method):
+    jacobians, losses, active = cases()
+    balancer, first = method.run_axis[0], np.argmax(active, axis=1)
+    broken = losses.copy()
+    broken[np.arange(NUM_CASES), :, first] = np.array([np.nan, np.inf, -np.inf])
+    assert_nothing_happened(balancer, evaluate(balancer, jacobians, broken, active))
 
 
 def test_null_rows_are_as_inactive_for_methods_of_gradients(method):
     """Methods of losses do not see them."""
     jacobians, losses, active = cases()
-    first = np.argmax(active, axis=1)
+    balancer, first = method.run_axis[0], np.argmax(active, axis=1)
     nulled, without = jacobians.copy(), active.copy()
-    nulled[np.arange(NUM_CASES), first] = 0
-    weights, directions, _ = evaluate(method, nulled, losses, active)
-    if method.run_axis[0].needs == "losses":
-        expected, _, _ = evaluate(method, jacobians, losses, active)
+    nulled[np.arange(NUM_CASES), :, first] = 0
+    weights, directions, _ = evaluate(balancer, nulled, losses, active)
+    if balancer.needs == "losses":
+        expected, _, _ = evaluate(balancer, jacobians, losses, active)
     else:
         without[np.arange(NUM_CASES), first] = False
-        expected, expected_directions, _ = evaluate(method, jacobians, losses, without)
+        expected, expected_directions, _ = evaluate(balancer, jacobians, losses, without)
         np.testing.assert_array_equal(directions, expected_directions)
     np.testing.assert_array_equal(weights, expected)
 
 
 def test_only_methods_that_say_so_read_the_losses(method):
     jacobians, losses, active = cases()
-    weights, _, _ = evaluate(method, jacobians, losses, active)
-    others, _, _ = evaluate(method, jacobians, losses[:, ::-1] + 3.0, active)
-    assert np.array_equal(weights, others) != method.run_axis[0].reads_losses
+    _, directions, _ = evaluate(method.run_axis[0], jacobians, losses, active)
+    _, others, _ = evaluate(method.run_axis[0], jacobians, losses[:, :, ::-1] + 3.0, active)
+    assert np.array_equal(directions, others) != method.run_axis[0].reads_losses
 
 
 def test_one_key_gives_one_result_and_only_methods_that_say_so_draw(method):
-    jacobians, losses, active = cases()
-    weights, directions, _ = evaluate(method, jacobians, losses, active)
-    again, again_directions, _ = evaluate(method, jacobians, losses, active)
-    np.testing.assert_array_equal(again, weights)
-    np.testing.assert_array_equal(again_directions, directions)
-    arrays = (jnp.asarray(array) for array in (jacobians.astype("f"), losses.astype("f"), active))
-    redrawn, _, _ = jitted(method.run_axis[0], *arrays, keys()[::-1])
-    assert np.array_equal(redrawn, weights) != method.run_axis[0].stochastic
+    balancer = method.run_axis[0]
+    _, directions, _ = evaluate(balancer, *cases())
+    _, again, _ = evaluate(balancer, *cases())
+    np.testing.assert_array_equal(again, directions)
+    _, redrawn, _ = evaluate(balancer, *cases(), draws=keys()[::-1])
+    assert np.array_equal(redrawn, directions) != balancer.stochastic
 
 
-def three_steps(balancer, key):
-    """Directions and final state of three steps on three batches."""
-    jacobians, losses, active = (array[:3] for array in cases())
-
-    def step(state, batch):
-        jacobian, loss, present, number = batch
-        draw = jax.random.fold_in(key, number) if balancer.stochastic else None
-        return aggregate(balancer, jacobian, state, losses=loss, key=draw, active=present)[::-1]
-
-    batches = (
-        jnp.asarray(jacobians, jnp.float32),
-        jnp.asarray(losses, jnp.float32),
-        jnp.asarray(active),
-        jnp.arange(3),
-    )
-    return jax.lax.scan(step, balancer.init(NUM_TASKS), batches)
+def leaves_but_of_solvers(results):
+    """Rounding decides what residual and how many iterations a solver ends with."""
+    leaves = jax.tree.leaves(results, is_leaf=lambda node: isinstance(node, SolverState))
+    return [leaf for leaf in leaves if not isinstance(leaf, SolverState)]
 
 
-def test_a_run_axis_over_hyperparameters_and_keys_is_a_loop(method):
+def test_a_run_axis_over_hyperparameters_is_a_loop(method):
+    if not jax.tree.leaves(method.run_axis):
+        pytest.skip("there is no number to map")
+    few = np.flatnonzero(chosen("independent") & chosen("away") & cases()[2][:, 0] & (cases()[2].sum(axis=1) > 1))[:4]
     stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf, float) for leaf in leaves]), *method.run_axis)
-    run_keys = keys()[: len(method.run_axis)]
-    mapped = jax.jit(jax.vmap(three_steps))(stacked, run_keys)
-    loop = [jax.jit(three_steps)(balancer, key) for balancer, key in zip(method.run_axis, run_keys, strict=True)]
-    for together, *alone in zip(*map(jax.tree.leaves, (mapped, *loop)), strict=True):
-        np.testing.assert_allclose(together, np.stack(alone), rtol=1e-5, atol=1e-5)
-    if jax.tree.leaves(stacked):
-        assert not np.array_equal(loop[0][1], loop[1][1])
-
-
-def test_compiled_and_not_agree(method):
-    jacobians, losses, active = cases()
-    case = np.flatnonzero(active.sum(axis=1) == 3)[0]
-    arrays = (
-        jnp.asarray(jacobians[case], jnp.float32),
-        jnp.asarray(losses[case], jnp.float32),
-        jnp.asarray(active[case]),
+    jacobians, losses, active = (jnp.asarray(array[few]) for array in cases())
+    runs = jax.jit(
+        jax.vmap(jax.vmap(train, in_axes=(None, 0, 0, 0, 0)), in_axes=(0, None, None, None, None), axis_size=2)
     )
-    weights, directions, _ = evaluate(method, jacobians, losses, active)
+    mapped = runs(stacked, jacobians.astype("f"), losses.astype("f"), active, keys()[few])
+    loop = [jax.tree.map(lambda leaf: leaf[few], evaluate(balancer, *cases())) for balancer in method.run_axis]
+    for together, *alone in zip(*map(leaves_but_of_solvers, (mapped, *loop)), strict=True):
+        np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-4 * max(1, np.max(np.abs(alone))))
+    assert not np.array_equal(loop[0][1], loop[1][1])
+
+
+@pytest.mark.slow
+def test_compiled_and_not_agree(name):
+    """And :func:`aggregate` is what the suite calls."""
+    balancer = METHODS[name].run_axis[0]
+    case = np.flatnonzero((cases()[2].sum(axis=1) == 3) & chosen("independent") & chosen("away"))[0]
+    jacobians, losses, active = (jnp.asarray(array[case]) for array in cases())
+    _, directions, _ = evaluate(balancer, *cases())
     with jax.disable_jit():
-        _, direction, _ = two_steps(method.run_axis[0], *arrays, keys()[case])
-    assert_close(direction, directions[case], largest_term(weights, jacobians)[case], 1e-5)
+        state = balancer.init(NUM_TASKS, jnp.zeros(NUM_PARAMS))
+        for jacobian, loss, after in zip(
+            batches_of(balancer, jacobians), losses, jnp.roll(losses, -1, axis=0), strict=True
+        ):
+            direction, state = aggregate(balancer, jacobian, state, losses=loss, key=keys()[case], active=active)
+            if balancer.observes:
+                state = balancer.observe(after, state, active=active)
+    assert_close(direction[None], directions[case], expected(name, np.float32)[1][case], 1e-4)
 
 
 def test_one_trace_serves_all_steps_and_hyperparameters(method):
@@ -320,10 +605,144 @@ def test_one_trace_serves_all_steps_and_hyperparameters(method):
         draw = key if balancer.stochastic else None
         return aggregate(balancer, jacobian, state, losses=losses, key=draw)
 
-    jacobians, losses, _ = cases()
     for balancer in method.run_axis:
-        state = balancer.init(NUM_TASKS)
+        state = balancer.init(NUM_TASKS, jnp.zeros(NUM_PARAMS))
+        jacobians = batches_of(balancer, jnp.asarray(cases()[0][0], jnp.float32))
         for number in range(2):
-            batch = jnp.asarray(jacobians[number], jnp.float32), jnp.asarray(losses[number], jnp.float32)
-            _, state = step(balancer, *batch, state, keys()[number])
+            losses = jnp.asarray(cases()[1][0, number], jnp.float32)
+            # Shapes and types are all that decides about a new trace.
+            _, state = jax.eval_shape(step, balancer, jacobians[number], losses, state, keys()[number])
     assert len(traces) == 1
+
+
+@pytest.mark.xfail(strict=False, reason="jaxlib 0.10.2 compares the fields of registered dataclasses, not their types")
+def test_a_jitted_function_tells_methods_apart():
+    """Where structures are equal, a function that got one method may now and then answer for another."""
+    kinds = {type(method.run_axis[0]): jax.tree.structure(method.run_axis[0]) for method in METHODS.values()}
+    same = [(a, b) for a, b in itertools.combinations(kinds, 2) if kinds[a] == kinds[b]]
+    assert not same
+
+
+@pytest.mark.slow
+def test_padding_changes_nothing(name):
+    """Three cases by themselves, without the rows and columns that others need."""
+    balancer = METHODS[name].run_axis[0]
+    if balancer.stochastic:
+        pytest.skip("a draw for fewer tasks or parameters is another one")
+    jacobians, losses, active = cases()
+    columns = np.any(jacobians, axis=(1, 2))
+    with jax.enable_x64(True):
+        _, directions, _ = evaluate(balancer, jacobians, losses, active, dtype=np.float64)
+        for num_params in (2, 5, NUM_PARAMS):
+            # Among them the first task, which may be the main one.
+            fitting = (active.sum(axis=1) == 5) & active[:, 0] & (columns.sum(axis=1) == num_params)
+            case = np.flatnonzero(fitting & settled(name, np.float64))[0]
+            present, used = active[case], columns[case]
+            few = jax.tree.map(lambda leaf: leaf[present] if np.shape(leaf) == (NUM_TASKS,) else leaf, balancer)  # noqa: B023
+            rows = jnp.asarray(jacobians[case][:, present][:, :, used])
+            _, direction, _ = jax.jit(train)(few, rows, jnp.asarray(losses[case][:, present]), jnp.ones(5, bool), None)
+            assert_close(direction[None], directions[case, used], expected(name, np.float64)[1][case], 1e-8)
+
+
+def directions_of(balancer):
+    return evaluate(balancer, *cases())[1]
+
+
+SAME = {
+    "nash_mtl without clipping is fairgrad(1)": (
+        balancing.nash_mtl(max_norm=None, reg_eps=1e-6),
+        balancing.fairgrad(alpha=1.0, reg_eps=1e-6),
+        "away",
+    ),
+    "pcgrad is twice upgrad for two tasks": (balancing.pcgrad(), balancing.upgrad(preference=1.0), "two"),
+    "gradvac that expects no agreement is pcgrad": (balancing.gradvac(beta=0.0), balancing.pcgrad(), "all"),
+    "cr_mogm without memory is its base": (balancing.cr_mogm(balancing.mgda(), alpha=0.0), balancing.mgda(), "all"),
+    "cagrad in a ball of no size is the mean": (balancing.cagrad(c=0.0), balancing.equal(reduction="mean"), "away"),
+    "moco that neither remembers nor mixes is the mean": (
+        balancing.moco(beta=1.0, beta_sigma=0.0, gamma=0.0, rho=0.1),
+        balancing.equal(reduction="mean"),
+        "all",
+    ),
+    "excess_mtl that does not move is the mean": (
+        balancing.excess_mtl(eta=0.0),
+        balancing.equal(reduction="mean"),
+        "all",
+    ),
+    "graddrop that leaks all is the sum": (balancing.graddrop(leak=np.ones(NUM_TASKS)), balancing.equal(), "all"),
+    "metabalance without scaling is the sum": (balancing.metabalance(relax=0.0), balancing.equal(), "all"),
+    "ntkmtl to the power of 0 is the sum": (balancing.ntkmtl(exponent=0.0), balancing.equal(), "all"),
+    "ple_schedule without decay is fixed": (
+        balancing.ple_schedule(initial=FIXED, decay=np.ones(NUM_TASKS), period=1),
+        balancing.fixed(weights=FIXED),
+        "all",
+    ),
+    "dwa at a high temperature is the sum": (balancing.dwa(temperature=1e9, period=1), balancing.equal(), "all"),
+    "imtl_l is twice uncertainty with the other sign": (
+        balancing.imtl_l(initial=INITIAL + np.log(0.5), weight_lr=0.0),
+        balancing.uncertainty(likelihood="regression", initial=-INITIAL, weight_lr=0.0),
+        "all",
+    ),
+}
+
+
+@pytest.mark.parametrize("identity", SAME)
+def test_methods_that_are_the_same(identity):
+    one, other, where = SAME[identity]
+    jacobians, losses, active = cases()
+    weights, directions, _ = evaluate(other, jacobians, losses, active)
+    largest_term = np.max(np.abs(weights[:, :, None] * jacobians[:, -1]), axis=(1, 2))
+    assert_close(directions_of(one), directions, largest_term, 1e-3, chosen(where))
+
+
+PARALLEL = {
+    "config and imtl_g for independent gradients": (
+        balancing.config(preference=np.ones(NUM_TASKS)),
+        balancing.imtl_g(),
+        "independent",
+    ),
+    "db_mtl without memory and ntkmtl": (balancing.db_mtl(beta=0.0, sigma=0.5), balancing.ntkmtl(), "away"),
+    "geometric and scale_invariant": (balancing.geometric(), balancing.scale_invariant(), "independent"),
+    "geometric and famo before it learns": (
+        balancing.geometric(),
+        balancing.famo(weight_lr=0.0, bound=0.0),
+        "independent",
+    ),
+}
+
+
+def units(directions):
+    return directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-30)
+
+
+@pytest.mark.parametrize("identity", PARALLEL)
+def test_methods_of_one_direction(identity):
+    one, other, where = PARALLEL[identity]
+    assert_close(units(directions_of(one)), units(directions_of(other)), 1, 1e-3, chosen(where))
+
+
+BISECTORS = {
+    "imtl_g": balancing.imtl_g(),
+    "nash_mtl": METHODS["nash_mtl"].run_axis[0],
+    "fairgrad": balancing.fairgrad(alpha=1.0, reg_eps=1e-6),
+    "config": balancing.config(preference=np.ones(NUM_TASKS)),
+    "ntkmtl": balancing.ntkmtl(),
+    "db_mtl": balancing.db_mtl(beta=0.0, sigma=0.5),
+}
+
+
+@pytest.mark.parametrize("name", BISECTORS)
+def test_two_gradients_have_one_bisector(name):
+    bisectors = np.sum(units(cases()[0][:, -1].reshape(-1, NUM_PARAMS)).reshape(-1, NUM_TASKS, NUM_PARAMS), axis=1)
+    assert_close(units(directions_of(BISECTORS[name])), units(bisectors), 1, 1e-3, chosen("two"))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="what rounding leaves of U+ p along a short axis of the gradients is taken for a direction"
+)
+def test_config_is_zero_where_the_preferences_cancel():
+    """Pairs of opposite gradients along two lines with a small angle: U has rank 2, and U+ p = 0."""
+    one, other = np.array([1.0, 0.0]), np.array([np.cos(0.03), np.sin(0.03)])
+    rows = np.outer([3.0, -5.0, 0.0, 0.0], one) + np.outer([0.0, 0.0, 2.0, -7.0], other)
+    balancer = balancing.config()
+    direction, _ = aggregate(balancer, jnp.asarray(rows, jnp.float32), balancer.init(4))
+    assert np.max(np.abs(direction)) <= 1e-4

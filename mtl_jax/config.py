@@ -48,6 +48,18 @@ def build(node: Any, *, allow: Sequence[str] = (), place: str = "") -> Any:
     return _make(node, place)
 
 
+def arguments_of(node: Mapping[str, Any], *, allow: Sequence[str] = (), place: str = "") -> frozenset[str]:
+    """Names of what the target of a node takes, whatever the keys beside it; nothing is called. None without a target.
+
+    Raises:
+      ConfigError: As by :func:`build`, for the target.
+    """
+    if "_target_" not in node:
+        return frozenset()
+    _check(place, {key: node[key] for key in RESERVED if key in node}, (*PACKAGES, *_own_packages(allow)))
+    return frozenset(inspect.signature(_locate(place, node["_target_"])).parameters)
+
+
 def plain(node: Any) -> Any:
     """The node as plain Python containers with all interpolations resolved.
 

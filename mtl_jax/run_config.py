@@ -9,7 +9,7 @@ from flax import nnx
 
 from mtl_jax.arguments import check_arguments, check_count, shown
 from mtl_jax.balancing import Balancer
-from mtl_jax.config import build, check_keys, check_sections
+from mtl_jax.config import arguments_of, build, check_keys, check_sections
 from mtl_jax.data.dataset import Dataset
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel
@@ -62,7 +62,8 @@ def check_config(config: Mapping[str, Any]) -> None:
 def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that needs no data, so that a mistake shows before any is read."""
     balancing = dict(config["balancing"])
-    options = {key: balancing.pop(key) for key in OPTION_KEYS if key in balancing}
+    own = arguments_of(balancing, allow=config["allow"], place="balancing")  # a method may define one itself
+    options = {key: balancing.pop(key) for key in OPTION_KEYS if key in balancing and key not in own}
     for name, kind in MODEL_PARTS.items():
         part = build(config[name], allow=config["allow"], place=name)
         made = getattr(part, "func", None)

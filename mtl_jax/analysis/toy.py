@@ -222,10 +222,7 @@ def _descend(balancers, starts, kappas, keys, learning_rate, steps, every):
                 state = balancer.observe(losses_at(x), state)
             ended = (stopped < steps) | nonfinite | ~jnp.all(jnp.isfinite(x))
             stopped = jnp.where(ended, jnp.minimum(stopped, count), stopped)
-            # Counters of a state may come back wider than they were, which a loop does not take.
-            chosen = jax.tree.map(
-                lambda old, new: jnp.where(ended, old, new).astype(old.dtype), kept, [x, moments, state]
-            )
+            chosen = jax.tree.map(lambda old, new: jnp.where(ended, old, new), kept, [x, moments, state])
             return *chosen, stopped
 
         def stretch(carry, first):

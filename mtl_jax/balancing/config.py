@@ -64,9 +64,11 @@ def conflict_free_weights(
     values, vectors, kept = cosine_eigenpairs(cosines)
     highest = jax.lax.Precision.HIGHEST
     coefficients = jnp.matmul(preference, vectors, precision=highest)
-    # What of p lies outside of the range of R is rounding, and dividing by its length would make a direction of it.
+    # What of p lies outside of the range of R is rounding, and dividing by its length would make a direction of it. An
+    # eigenvector turns towards those of 0 by rounding over its eigenvalue: if all of p is no more than that, it is 0.
     rounding = 4 * norms.shape[0] * jnp.finfo(norms.dtype).eps * jnp.linalg.norm(preference)
     kept &= jnp.abs(coefficients) > rounding
+    kept &= jnp.any(kept & (jnp.abs(coefficients) * values > rounding * values[0]))
     shares = jnp.where(kept, coefficients / jnp.where(kept, values, 1), 0)
     solution = jnp.matmul(vectors, shares, precision=highest)
     projections = jnp.matmul(vectors, jnp.where(kept, coefficients, 0), precision=highest)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer, only_active_rows, register
 from mtl_jax.balancing.options import checked
-from mtl_jax.balancing.rows import combine_rows, squared_row_norms, zeros_per_task
+from mtl_jax.balancing.rows import combine_rows, follow, squared_row_norms, zeros_per_task
 
 EPSILON = 1e-8  # the paper's, next to a loss
 
@@ -109,20 +109,3 @@ class DbMtl(Balancer):
         direction = combine_rows(weights, present)
         direction = jax.tree.map(lambda leaf, rows: leaf.astype(rows.dtype), direction, jacobian)
         return direction, DbMtlState(average, steps)
-
-
-def follow(
-    average: PyTree[Float[Array, "task ..."]],
-    jacobian: PyTree[Float[Array, "task ..."]],
-    taken: Float[Array, " task"],
-    kept: float | Float[Array, ""],
-    active: Bool[Array, " task"],
-) -> PyTree[Float[Array, "task ..."]]:
-    """``kept * average + taken * jacobian`` for active tasks; the rows of the others stay."""
-
-    def follow_leaf(old, rows):
-        per_task = (-1, *[1] * (rows.ndim - 1))
-        new = kept * old + taken.reshape(per_task) * rows
-        return jnp.where(active.reshape(per_task), new, old).astype(old.dtype)
-
-    return jax.tree.map(follow_leaf, average, jacobian)

@@ -84,7 +84,7 @@ class ExcessMtl(Balancer):
     scaling: ClassVar = "mean"
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> ExcessMtlState:
-        equal = jnp.full(num_tasks, 1 / num_tasks)
+        equal = jnp.full(num_tasks, 1 / num_tasks, float)  # typed, as later states are
         steps = jnp.zeros(num_tasks, jnp.int32)
         return ExcessMtlState(zeros_per_task(params, num_tasks), jnp.log(equal), jnp.zeros(num_tasks), steps, equal)
 

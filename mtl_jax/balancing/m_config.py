@@ -10,9 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer, only_active_rows, register
 from mtl_jax.balancing.config import conflict_free_weights
-from mtl_jax.balancing.db_mtl import follow
 from mtl_jax.balancing.options import checked, checked_count
-from mtl_jax.balancing.rows import combine_rows, gramian, zeros_per_task
+from mtl_jax.balancing.rows import combine_rows, follow, gramian, zeros_per_task
 from mtl_jax.errors import ConfigError
 
 EPSILON = 1e-8
@@ -166,4 +165,4 @@ def next_in_turn(
     distance = jnp.where(active, (jnp.arange(num_tasks) - turn) % num_tasks, num_tasks)
     chosen = active & (jnp.argsort(jnp.argsort(distance)) < tasks_per_call)
     last = jnp.max(jnp.where(chosen, distance, -1))
-    return chosen, (turn + last + 1) % num_tasks
+    return chosen, ((turn + last + 1) % num_tasks).astype(turn.dtype)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer, only_active_rows, register
-from mtl_jax.balancing.db_mtl import follow
-from mtl_jax.balancing.modo import mixed, shares_of
+from mtl_jax.balancing.mixture import equal_mixture, mixed, shares_of
 from mtl_jax.balancing.options import checked
-from mtl_jax.balancing.rows import combine_rows, gramian, squared_row_norms, zeros_per_task
+from mtl_jax.balancing.rows import combine_rows, follow, gramian, squared_row_norms, zeros_per_task
 from mtl_jax.balancing.solvers import simplex_projection
 from mtl_jax.errors import ConfigError
 
@@ -121,7 +120,7 @@ class MoCo(Balancer):
         return self.tracking == "norm_loss"
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> MoCoState:
-        mixture = jnp.full(num_tasks, 1 / num_tasks)
+        mixture = equal_mixture(num_tasks)
         return MoCoState(zeros_per_task(params, num_tasks), mixture, jnp.zeros((), jnp.int32))
 
     def head_weights(self, losses: Float[Array, " task"], state: MoCoState) -> Float[Array, " task"]:

@@ -1,15 +1,15 @@
 """MoDo: dynamic weights from two batches, applied to the gradients of a third."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, num_active, only_active, register
+from mtl_jax.balancing.base import Balancer, only_active, register
+from mtl_jax.balancing.mixture import MixtureState, cross_gramian, equal_mixture, largest_products, mixed, shares_of
 from mtl_jax.balancing.options import checked
-from mtl_jax.balancing.rows import num_rows
 from mtl_jax.balancing.solvers import simplex_projection
 
 
@@ -58,12 +58,6 @@ def modo(*, gamma: float = 0.1, rho: float = 0.1) -> Balancer:
     return MoDo(checked(gamma, "modo(gamma)", at_least=0.0), checked(rho, "modo(rho)", at_least=0.0))
 
 
-class MixtureState(NamedTuple):
-    """Weights of all tasks, on the simplex."""
-
-    mixture: Float[Array, " task"]
-
-
 @register
 @dataclasses.dataclass(frozen=True)
 class MoDo(Balancer):
@@ -76,7 +70,7 @@ class MoDo(Balancer):
     scaling: ClassVar = "mean"
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> MixtureState:
-        return MixtureState(jnp.full(num_tasks, 1 / num_tasks))
+        return MixtureState(equal_mixture(num_tasks))
 
     def products(self, jacobian: PyTree[Float[Array, "3 task ..."]]) -> Float[Array, "task task"]:
         return cross_gramian(jacobian)
@@ -98,37 +92,3 @@ class MoDo(Balancer):
         slope = jnp.matmul(only_active(gramian, active), shares, precision=jax.lax.Precision.HIGHEST)
         moved = simplex_projection(shares - self.gamma * (slope + self.rho * shares), 1.0, active)
         return moved.astype(losses.dtype), MixtureState(mixed(state.mixture, moved, active))
-
-
-def cross_gramian(jacobian: PyTree[Float[Array, "3 task ..."]]) -> Float[Array, "task task"]:
-    """:math:`J_a J_b^T` of the first two of three batches, accumulated as a Gramian is."""
-    num_tasks = num_rows(jax.tree.map(lambda leaf: leaf[0], jacobian))
-
-    def products(leaf):
-        first, second = leaf[0].reshape(num_tasks, -1), leaf[1].reshape(num_tasks, -1)
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        return jnp.matmul(first, second.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
-
-    return sum(map(products, jax.tree.leaves(jacobian)))
-
-
-def largest_products(products: Float[Array, "task task"]) -> Float[Array, " task"]:
-    """For each task the largest product that it has a part in: 0 if it has no gradient in either batch."""
-    sizes = jnp.abs(products)
-    return jnp.maximum(jnp.max(sizes, axis=0), jnp.max(sizes, axis=1))
-
-
-def shares_of(mixture: Float[Array, " task"], active: Bool[Array, " task"]) -> Float[Array, " task"]:
-    """The weights as shares of what the active tasks have together; equal shares where that is nothing."""
-    present = jnp.where(active, mixture, 0)
-    total = jnp.sum(present)
-    equal = active / num_active(active, mixture.shape[0])
-    return jnp.where(total > 0, present / jnp.where(total > 0, total, 1), equal).astype(mixture.dtype)
-
-
-def mixed(
-    mixture: Float[Array, " task"], shares: Float[Array, " task"], active: Bool[Array, " task"]
-) -> Float[Array, " task"]:
-    """The weights of all tasks, when the active ones share in a new way what inactive ones leave to them."""
-    left = 1 - jnp.sum(mixture, where=~active)
-    return jnp.where(active, jnp.maximum(left, 0) * shares, mixture).astype(mixture.dtype)

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from mtl_jax.errors import ConfigError
 
@@ -34,6 +34,23 @@ def squared_row_norms(jacobian: PyTree[Float[Array, "task ..."]]) -> Float[Array
 def zeros_per_task(params: PyTree[Float[Array, "..."]], num_tasks: int) -> PyTree[Float[Array, "task ..."]]:
     """A state with an entry for each task and parameter, all 0, in the type of :func:`row_dtype`."""
     return jax.tree.map(lambda leaf: jnp.zeros((num_tasks, *jnp.shape(leaf)), _accumulator(leaf)), params)
+
+
+def follow(
+    average: PyTree[Float[Array, "task ..."]],
+    jacobian: PyTree[Float[Array, "task ..."]],
+    taken: Float[Array, " task"],
+    kept: float | Float[Array, ""],
+    active: Bool[Array, " task"],
+) -> PyTree[Float[Array, "task ..."]]:
+    """``kept * average + taken * jacobian`` for active tasks; the rows of the others stay."""
+
+    def follow_leaf(old, rows):
+        per_task = (-1, *[1] * (rows.ndim - 1))
+        new = kept * old + taken.reshape(per_task) * rows
+        return jnp.where(active.reshape(per_task), new, old).astype(old.dtype)
+
+    return jax.tree.map(follow_leaf, average, jacobian)
 
 
 def combine_rows(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing.base import Balancer, TaskLike, num_active, only_active, register
-from mtl_jax.balancing.modo import MixtureState, cross_gramian, largest_products, mixed, shares_of
+from mtl_jax.balancing.mixture import MixtureState, cross_gramian, equal_mixture, largest_products, mixed, shares_of
 from mtl_jax.balancing.options import PerTask, by_position, checked, checked_count, vector
 from mtl_jax.balancing.solvers import simplex_projection
 
@@ -98,7 +98,7 @@ class SdmGrad(Balancer):
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> MixtureState:
         vector(self.preference, num_tasks, "sdmgrad(preference)")
-        return MixtureState(jnp.full(num_tasks, 1 / num_tasks))
+        return MixtureState(equal_mixture(num_tasks))
 
     def for_tasks(self, tasks: Sequence[TaskLike]) -> Balancer:
         preference = by_position(self.preference, [task.name for task in tasks], "sdmgrad(preference)")

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -71,12 +70,3 @@ def test_the_diagnostics_name_the_methods_that_have_them():
     solved = re.search(r"`solver_misses` \| of (.*?); misses", PAGE)[1]
     assert reporting("solver_residual") - {"cr_mogm"} == set(re.findall(r"`(\w+)`", solved))
     assert reporting("imtl_guard") == {"imtl_g", "imtl"}
-
-
-def test_methods_with_the_same_fields_are_told_apart():
-    """By the structure of the pytree, which decides what compiled program is run."""
-    structures = [jax.tree.structure(made(name)) for name in FACTORIES]
-    for number, one in enumerate(structures):
-        assert all(one != other for other in structures[:number])
-        rebuilt = jax.tree.unflatten(one, range(one.num_leaves))
-        assert jax.tree.structure(rebuilt) == one and jax.tree.leaves(rebuilt) == list(range(one.num_leaves))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mtl_jax.balancing.base import aggregate, weigh
-from mtl_jax.balancing.modo import MixtureState, modo
+from mtl_jax.balancing.mixture import MixtureState
+from mtl_jax.balancing.modo import modo
 from mtl_jax.errors import ConfigError
 
 step = jax.jit(lambda balancer, jacobians, state, active=None: aggregate(balancer, jacobians, state, active=active))

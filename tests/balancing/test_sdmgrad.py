@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtl_jax.balancing.base import aggregate
-from mtl_jax.balancing.modo import MixtureState
+from mtl_jax.balancing.mixture import MixtureState
 from mtl_jax.balancing.sdmgrad import sdmgrad
 from mtl_jax.errors import ConfigError
 from mtl_jax.tasks import Task

@@ -107,3 +107,12 @@ def test_every_data_node_names_options_that_the_loader_has(name, tmp_path):
 def test_the_configuration_is_plain_yaml():
     for path in ROOT.rglob("*.yaml"):
         assert OmegaConf.to_container(OmegaConf.load(path), resolve=False) is not None
+
+
+def test_a_method_that_defines_an_option_itself_gets_it():
+    """``max_norm`` goes to Nash-MTL, and shortens the direction of any other method from outside."""
+    for value in (None, 3.0):
+        own = build_parts(compose("balancing=nash_mtl", f"balancing.max_norm={'null' if value is None else value}"))
+        assert own["balancer"].max_norm == value and own["options"].max_norm is None
+    assert build_parts(compose("balancing=nash_mtl"))["balancer"].max_norm == 1.0
+    assert build_parts(compose("balancing=mgda", "balancing.max_norm=3.0"))["options"].max_norm == 3.0

@@ -29,6 +29,7 @@ METHODS = (
     "mgda", "pcgrad", "gradvac", "cagrad", "imtl_g", "imtl", "nash_mtl", "fairgrad", "aligned_mtl", "upgrad", "dual_proj",
     "config", "gradnorm", "ntkmtl", "pe_ltr", "krum", "cr_mogm", "modo", "sdmgrad",
     "graddrop", "moco", "db_mtl", "excess_mtl", "metabalance", "trimmed_mean", "m_config",
+    "samo", "auto_lambda", "moml", "forum", "ntkmtl_sr",
 )  # fmt: skip
 NUM_DENSE = 191
 LEARNING_RATE = 1e-3

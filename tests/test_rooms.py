@@ -22,7 +22,7 @@ ALLOWED = {
     "balancing": ("errors",),
     "sharing": ("errors", "arguments", "nn"),
     "model": ("errors", "tasks", "data", "nn", "sharing"),
-    "train": ("errors", "tasks", "data", "nn", "losses", "metrics", "balancing", "sharing", "model"),
+    "train": ("errors", "arguments", "tasks", "data", "nn", "losses", "metrics", "balancing", "sharing", "model"),
     "analysis": ("errors", "arguments", "balancing"),
     "report": ("errors", "tasks", "metrics"),
     "config": ("errors", "arguments"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from mtl_jax.balancing.base import Balancer, aggregate, check_num_tasks
+from mtl_jax.balancing.base import Balancer, aggregate, check_num_tasks, check_takes_gradients
 from mtl_jax.balancing.rows import num_rows
 from mtl_jax.errors import ConfigError
 
@@ -38,8 +38,8 @@ def as_optax(balancer: Balancer, num_tasks: int, *, seed: int = 0) -> optax.Grad
       an update did, the losses of the previous call's batch under the parameters after that call; None in the first.
 
     Raises:
-      ConfigError: The method cannot work with so many tasks, or not in a loop that has no epochs or representation; in
-        ``update``: losses are missing, or the task axis is.
+      ConfigError: The method cannot work with so many tasks, waits for epochs, or owns the train step; in ``update``:
+        losses are missing, or the task axis is.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -53,6 +53,7 @@ def as_optax(balancer: Balancer, num_tasks: int, *, seed: int = 0) -> optax.Grad
     """
     if not isinstance(balancer, Balancer):
         raise ConfigError(f"as_optax got {balancer!r}; expected a balancer. Call the method first, as in pcgrad()")
+    check_takes_gradients(balancer)
     check_num_tasks(balancer, num_tasks)
     name = type(balancer).__name__
     if balancer.by_epoch:

@@ -59,6 +59,15 @@ class Balancer:
       observes: Whether ``observe`` is to be called after the update, with the losses of the same batch.
       has_parameter_state: Whether the state has entries for each parameter: ``init`` needs their template, and the
         columns of the Jacobian have to be parameters, not rows of a batch.
+      scopes: The scopes (see :class:`mtl_jax.train.BalancingOptions`) that the method is defined in; None: those which its
+        other attributes allow.
+      num_parts: Parts of a batch that the method tells apart.
+      by_unit: Whether a method that acts entry by entry does so on the units of a representation too, by
+        ``unit_factors(sums, key, *, active)``.
+      robust: Whether the method is made for gradients out of all proportion: one counts as absent where it is 1e-8 of the
+        median length, not of the longest.
+      owns_step: Whether the method takes its gradients itself, at points of its own: it works in the train step only,
+        which calls ``gradients(model, state, key, options, learning_rate)`` of it (see :mod:`mtl_jax.train.gradients`).
       weighted_heads: What ``head_gradient: auto`` gives a task's own parameters: its gradient times its weight (True),
         as where the method descends :math:`\sum_i w_i L_i`, or its plain gradient (False).
     """
@@ -72,6 +81,11 @@ class Balancer:
     scaling: ClassVar[str] = "own"
     observes: ClassVar[bool] = False
     has_parameter_state: ClassVar[bool] = False
+    scopes: ClassVar[tuple[str, ...] | None] = None
+    num_parts: ClassVar[int] = 1
+    by_unit: ClassVar[bool] = False
+    robust: ClassVar[bool] = False
+    owns_step: ClassVar[bool] = False
     weighted_heads: ClassVar[bool] = False
 
     @property
@@ -86,6 +100,10 @@ class Balancer:
     def products(self, jacobian: PyTree[Float[Array, "..."]]) -> Float[Array, "..."]:
         """What ``weigh`` receives as ``gramian``: sums over columns, so that disjoint columns may be added up."""
         return gramian(jacobian)
+
+    def kept(self, state: Any) -> tuple[Bool[Array, ""], Float[Array, "task task"]] | None:
+        """Whether this step needs new products, and those that stand for them if not; None: every step needs its own."""
+        return None
 
     def squared_norms(self, products: Float[Array, "..."]) -> Float[Array, " task"]:
         """Squared lengths of the rows, as far as the products tell; a task without a length is left out of a step."""
@@ -105,9 +123,12 @@ class Balancer:
         """Weights for shared parameters outside of the scope, of a method that acts entry by entry inside of it."""
         return jnp.ones_like(losses)
 
-    def head_weights(self, losses: Float[Array, " task"], state: Any) -> Float[Array, " task"]:
-        """What such a method multiplies the gradient of a task's own parameters by, where heads are weighted."""
-        return self.weights_outside(losses, state)
+    def head_weights(
+        self, weights: Float[Array, " task"], losses: Float[Array, " task"], state: Any
+    ) -> Float[Array, " task"]:
+        """What the gradient of a task's own parameters is multiplied by where heads are weighted; ``weights`` are those of
+        shared parameters, or of these outside of the scope."""
+        return weights
 
     def diagnostics(self, state: Any) -> dict[str, Float[Array, ""]]:
         """Scalars about the latest call, such as the residual of a solver, for the history of a run."""
@@ -191,7 +212,7 @@ def weigh(
         gramian = jax.lax.stop_gradient(only_active(gramian, active))
         finite &= jnp.all(jnp.isfinite(gramian))
         if balancer.needs == "gramian":
-            null = _null_rows(balancer.squared_norms(gramian), active)
+            null = _null_rows(balancer, balancer.squared_norms(gramian), active)
             gramian = only_active(gramian, ~null & finite)
     # A step with a non-finite entry is one without tasks: no method has to cope with NaN.
     usable = active & ~null & finite
@@ -217,7 +238,7 @@ def combine(
     jacobian = jax.lax.stop_gradient(only_active_rows(jacobian, active))
     squares = squared_row_norms(jacobian)
     finite = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(squares))
-    null = _null_rows(squares, active)
+    null = _null_rows(balancer, squares, active)
     usable = active & ~null & finite
     direction, new_state = balancer.combine(
         only_active_rows(jacobian, usable), jnp.where(usable, losses, 0), state, key, active=usable
@@ -252,7 +273,7 @@ def aggregate(
       The direction, shaped and typed like ``jacobian`` without its task axis, and the state of the next step.
 
     Raises:
-      ConfigError: Losses or key are missing, or a shape does not fit the number of tasks.
+      ConfigError: Losses or key are missing, a shape does not fit the number of tasks, or the method owns the train step.
 
     Example:
       >>> import jax.numpy as jnp
@@ -262,6 +283,7 @@ def aggregate(
       >>> print(direction["kernel"], direction["bias"])
       [4. 6.] 11.0
     """
+    check_takes_gradients(balancer)
     num_tasks = _num_tasks(balancer, jacobian)
     check_num_tasks(balancer, num_tasks)
     losses = _losses(balancer, losses, num_tasks, row_dtype(jacobian))
@@ -310,6 +332,15 @@ def check_num_tasks(balancer: Balancer, num_tasks: int) -> None:
         raise ConfigError(f"{_name(balancer)} {expectation}. Add tasks or choose another balancing")
 
 
+def check_takes_gradients(balancer: Balancer) -> None:
+    """Raises a ConfigError where the method takes the gradients itself, and cannot be given them."""
+    if balancer.owns_step:
+        raise ConfigError(
+            f"{_name(balancer)} takes gradients at points of its own, which are not those of one Jacobian; expected a "
+            "method that is given its gradients. Use mtl_jax.train.fit, or balancing= in a configuration"
+        )
+
+
 def _num_tasks(balancer, jacobian):
     if balancer.num_batches == 1:
         return num_rows(jacobian)
@@ -322,8 +353,12 @@ def _num_tasks(balancer, jacobian):
     return num_rows(jax.tree.map(lambda leaf: leaf[0], jacobian))
 
 
-def _null_rows(squared_norms, active):
-    return active & (squared_norms <= NULL_SQUARED * jnp.max(squared_norms))
+def _null_rows(balancer, squared_norms, active):
+    if balancer.robust:
+        usual = jnp.nan_to_num(jnp.nanmedian(jnp.where(active, squared_norms, jnp.nan)))
+    else:
+        usual = jnp.max(squared_norms)
+    return active & (squared_norms <= NULL_SQUARED * usual)
 
 
 def _kept(keep, state, new_state):

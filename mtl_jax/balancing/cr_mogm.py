@@ -1,14 +1,14 @@
 """CR-MOGM: another method, with weights that are averaged over the steps."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, TaskLike, register
+from mtl_jax.balancing.base import Balancer, register
 from mtl_jax.balancing.options import checked
+from mtl_jax.balancing.wrapper import Wrapper
 from mtl_jax.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ def cr_mogm(base: Balancer, *, alpha: float = 0.9) -> Balancer:
       Zhou, Zhang, Jiang, Zhong, Gu, Zhu, *On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
       Beyond*, NeurIPS 2022, `OpenReview <https://openreview.net/forum?id=ScwfQ7hdwyP>`_.
     """
-    if not isinstance(base, Balancer) or base.needs == "jacobian":
+    if not isinstance(base, Balancer) or base.needs == "jacobian" or base.owns_step:
         expectation = "expected a balancer that has weights, such as mgda()"
         name = type(base).__name__ if isinstance(base, Balancer) else repr(base)
         raise ConfigError(f"cr_mogm(base) is {name}; {expectation}. Choose another base")
@@ -69,36 +69,14 @@ class CrMogmState(NamedTuple):
     started: Bool[Array, " task"]
 
 
-def _of_base(name):
-    return property(lambda self: getattr(self.base, name))
-
-
 @register
 @dataclasses.dataclass(frozen=True)
-class CrMogm(Balancer):
+class CrMogm(Wrapper):
     base: Balancer
     alpha: Any
 
-    needs = _of_base("needs")
-    reads_losses = _of_base("reads_losses")
-    stochastic = _of_base("stochastic")
-    min_tasks = _of_base("min_tasks")
-    num_batches = _of_base("num_batches")
-    homogeneity = _of_base("homogeneity")
-    observes = _of_base("observes")
-    has_parameter_state = _of_base("has_parameter_state")
-    weighted_heads = _of_base("weighted_heads")
-    by_epoch = _of_base("by_epoch")
-    scaling = _of_base("scaling")
-
     def init(self, num_tasks: int, params: PyTree | None = None) -> CrMogmState:
         return CrMogmState(self.base.init(num_tasks, params), jnp.zeros(num_tasks), jnp.zeros(num_tasks, bool))
-
-    def products(self, jacobian: PyTree[Float[Array, "..."]]) -> Float[Array, "..."]:
-        return self.base.products(jacobian)
-
-    def squared_norms(self, products: Float[Array, "..."]) -> Float[Array, " task"]:
-        return self.base.squared_norms(products)
 
     def weigh(
         self,
@@ -115,17 +93,3 @@ class CrMogm(Balancer):
         average = jnp.where(active, jnp.where(state.started, averaged, weights), state.average)
         state = CrMogmState(base, average.astype(state.average.dtype), state.started | active)
         return jnp.where(active, average, 0).astype(weights.dtype), state
-
-    def observe(
-        self, losses_after: Float[Array, " task"], state: CrMogmState, *, active: Bool[Array, " task"] | None = None
-    ) -> CrMogmState:
-        return state._replace(base=self.base.observe(losses_after, state.base, active=active))
-
-    def end_epoch(self, state: CrMogmState) -> CrMogmState:
-        return state._replace(base=self.base.end_epoch(state.base))
-
-    def diagnostics(self, state: CrMogmState) -> dict[str, Float[Array, ""]]:
-        return self.base.diagnostics(state.base)
-
-    def for_tasks(self, tasks: Sequence[TaskLike]) -> Balancer:
-        return dataclasses.replace(self, base=self.base.for_tasks(tasks))

@@ -83,7 +83,9 @@ class DbMtl(Balancer):
     def init(self, num_tasks: int, params: PyTree | None = None) -> DbMtlState:
         return DbMtlState(zeros_per_task(params, num_tasks), jnp.zeros((), jnp.int32))
 
-    def head_weights(self, losses: Float[Array, " task"], state: DbMtlState) -> Float[Array, " task"]:
+    def head_weights(
+        self, weights: Float[Array, " task"], losses: Float[Array, " task"], state: DbMtlState
+    ) -> Float[Array, " task"]:
         return 1 / (losses + EPSILON)
 
     def combine(
@@ -98,7 +100,7 @@ class DbMtl(Balancer):
         active = jnp.ones(losses.shape, bool) if active is None else active
         steps = state.steps + 1
         kept = self.beta / steps.astype(losses.dtype) ** self.sigma
-        factors = jnp.where(losses < 0, jnp.nan, self.head_weights(losses, state))
+        factors = jnp.where(losses < 0, jnp.nan, self.head_weights(losses, losses, state))
         average = follow(state.average, jacobian, (1 - kept) * factors, kept, active)
 
         present = only_active_rows(average, active)

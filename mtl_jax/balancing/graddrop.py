@@ -30,7 +30,10 @@ def graddrop(*, leak: PerTask = 0.0) -> Balancer:
         task name. 1 is the sum of the gradients.
 
     Returns:
-      A balancer that needs the Jacobian and draws one uniform number a coordinate and step; it has no state.
+      A balancer that needs the Jacobian and draws one uniform number a coordinate and step; it has no state. At the scope
+      ``representation`` of the train step coordinates are units z: the signs are those of
+      :math:`\sum_b \mathrm{sign}(z_b)\, \partial L_i / \partial z_b` over the rows b of the batch, and :math:`M_i` is one
+      mask for all rows.
 
     Raises:
       ConfigError: A leak is out of its range; by ``for_tasks``, ``init`` or the first step, their number or names are
@@ -54,9 +57,8 @@ def graddrop(*, leak: PerTask = 0.0) -> Balancer:
 
     References:
       Chen, Ngiam, Huang, Luong, Kretzschmar, Chai, Anguelov, *Just Pick a Sign: Optimizing Deep Multitask Models with
-      Gradient Sign Dropout*, NeurIPS 2020, `arXiv:2010.06808 <https://arxiv.org/abs/2010.06808>`_. As with public
-      code, coordinates are whatever the Jacobian has; the paper's own layer, on a representation, draws once a unit
-      for all rows of a batch, with the signs of the activations. Some public code has the leak the other way round.
+      Gradient Sign Dropout*, NeurIPS 2020, `arXiv:2010.06808 <https://arxiv.org/abs/2010.06808>`_. The paper's layer
+      is at a representation; public code mostly acts on parameters. Some of it has the leak the other way round.
     """
     return GradDrop(checked(leak, "graddrop(leak)", at_least=0.0, at_most=1.0))
 
@@ -69,6 +71,7 @@ class GradDrop(Balancer):
     needs: ClassVar = "jacobian"
     stochastic: ClassVar = True
     scaling: ClassVar = "sum"
+    by_unit: ClassVar = True
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> NoState:
         vector(self.leak, num_tasks, "graddrop(leak)")
@@ -91,6 +94,21 @@ class GradDrop(Balancer):
         uniform = draw_uniform(key, jacobian)
         return pick_signs(only_active_rows(jacobian, active), uniform, leak), state
 
+    def unit_factors(
+        self,
+        sums: PyTree[Float[Array, "task ..."]],
+        key: PRNGKeyArray,
+        *,
+        active: Bool[Array, " task"] | None = None,
+    ) -> PyTree[Float[Array, "task ..."]]:
+        """What each task's gradient is multiplied by in each unit, from signed sums over the rows."""
+        leak = vector(self.leak, len(jax.tree.leaves(sums)[0]), "graddrop(leak)")
+        return jax.tree.map(
+            lambda leaf, draw: jnp.stack(surviving(leaf, draw, leak)),
+            only_active_rows(sums, active),
+            draw_uniform(key, sums),
+        )
+
 
 def draw_uniform(key: PRNGKeyArray, jacobian: PyTree[Float[Array, "task ..."]]) -> PyTree[Float[Array, "..."]]:
     """One number in (0, 1) for each coordinate: 0 would drop a coordinate in which all tasks are negative."""
@@ -109,13 +127,19 @@ def pick_signs(
     """The direction for given draws."""
 
     def pick(leaf, draw):
-        rows = [row.astype(draw.dtype) for row in leaf]
-        size = functools.reduce(jnp.add, map(jnp.abs, rows))
-        purity = 0.5 * (1 + functools.reduce(jnp.add, rows) / jnp.where(size > 0, size, 1))
-        signs = jnp.sign(purity - draw)  # of the gradients that survive
-        kept = (
-            jnp.where(signs * row > 0, row, part.astype(draw.dtype) * row) for row, part in zip(rows, leak, strict=True)
-        )
+        factors = surviving(leaf, draw, leak)
+        kept = (factor * row.astype(draw.dtype) for factor, row in zip(factors, leaf, strict=True))
         return functools.reduce(jnp.add, kept).astype(leaf.dtype)
 
     return jax.tree.map(pick, jacobian, uniform)
+
+
+def surviving(
+    leaf: Float[Array, "task ..."], draw: Float[Array, "..."], leak: Float[Array, " task"]
+) -> list[Float[Array, "..."]]:
+    """For each task 1 where its sign survives, else its leak."""
+    rows = [row.astype(draw.dtype) for row in leaf]
+    size = functools.reduce(jnp.add, map(jnp.abs, rows))
+    purity = 0.5 * (1 + functools.reduce(jnp.add, rows) / jnp.where(size > 0, size, 1))
+    signs = jnp.sign(purity - draw)  # of the gradients that survive
+    return [jnp.where(signs * row > 0, 1, part.astype(draw.dtype)) for row, part in zip(rows, leak, strict=True)]

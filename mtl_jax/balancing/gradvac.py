@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.balancing.base import Balancer, only_active, register
+from mtl_jax.balancing.base import Balancer, only_active, only_active_rows, register
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.pcgrad import draw_orders
+from mtl_jax.balancing.rows import combine_rows, gramian
+from mtl_jax.errors import ConfigError
 
+GROUPS = ("whole", "layer", "tensor")
 MAX_COSINE = 1 - 1e-6
 # Below this part of its task's length a projection is rounding error of the Gramian, and has no direction.
 VANISHED = 1e-3
 
 
-def gradvac(*, beta: float = 0.01) -> Balancer:
+def gradvac(*, beta: float = 0.01, groups: str = "whole") -> Balancer:
     r"""Gradient vaccine: PCGrad with a moving target. Each task visits the others in a random order of its own; where
     the cosine :math:`\phi` of its gradient p, as edited so far, with another task's original gradient is below the
     usual one of the pair, p is moved to have the usual one:
@@ -31,13 +34,15 @@ def gradvac(*, beta: float = 0.01) -> Balancer:
 
     Args:
       beta: :math:`\beta` in [0, 1], how fast the usual cosines follow; 0 is PCGrad.
+      groups: What gradients are compared over: the ``whole`` scope, each ``layer`` (arrays with one parent, like the kernel
+        and bias of a layer), or each ``tensor``.
 
     Returns:
-      A balancer that needs the Gramian and draws one permutation per task and step; its state is :math:`\bar\phi`,
-      row i for the visits of task i.
+      A balancer that draws one permutation per task and step; its state is :math:`\bar\phi`, row i for the visits of task
+      i. It needs the Gramian, and for layers or tensors the Jacobian, with cosines for each of them.
 
     Raises:
-      ConfigError: ``beta`` is out of its range.
+      ConfigError: An option is out of its range.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -62,17 +67,19 @@ def gradvac(*, beta: float = 0.01) -> Balancer:
 
     References:
       Wang, Tsvetkov, Firat, Cao, *Gradient Vaccine: Investigating and Improving Multi-Task Optimization in Massively
-      Multilingual Models*, ICLR 2021, `arXiv:2010.05874 <https://arxiv.org/abs/2010.05874>`_. One cosine a pair, over
-      all of the scope; the paper also studies one for each layer. :math:`\beta` = 0.01 is the paper's; some public
-      code has 0.5.
+      Multilingual Models*, ICLR 2021, `arXiv:2010.05874 <https://arxiv.org/abs/2010.05874>`_, which studies the three kinds
+      of groups. :math:`\beta` = 0.01 is the paper's; some public code has 0.5.
     """
-    return GradVac(checked(beta, "gradvac(beta)", at_least=0.0, at_most=1.0))
+    beta = checked(beta, "gradvac(beta)", at_least=0.0, at_most=1.0)
+    if groups not in GROUPS:
+        raise ConfigError(f"gradvac(groups) is {groups!r}; expected one of {list(GROUPS)}. Set one of them")
+    return GradVac(beta) if groups == "whole" else GroupedGradVac(beta, groups)
 
 
 class GradVacState(NamedTuple):
-    """The usual cosine of each pair; 0 on the diagonal."""
+    """The usual cosine of each pair, of each group where there are several; 0 on the diagonal."""
 
-    phi: Float[Array, "task task"]
+    phi: Float[Array, "*group task task"]
 
 
 @register
@@ -99,6 +106,47 @@ class GradVac(Balancer):
         orders = draw_orders(key, losses.shape[0])
         weights, phi = vaccine_weights(only_active(gramian, active), state.phi, self.beta, orders)
         return weights if active is None else jnp.where(active, weights, 0), GradVacState(phi)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class GroupedGradVac(Balancer):
+    beta: Any
+    groups: str = dataclasses.field(metadata={"static": True})
+
+    needs: ClassVar = "jacobian"
+    stochastic: ClassVar = True
+    scaling: ClassVar = "sum"
+    has_parameter_state: ClassVar = True
+
+    def init(self, num_tasks: int, params: PyTree | None = None) -> GradVacState:
+        return GradVacState(jnp.zeros((1 + max(self._numbers(params), default=0), num_tasks, num_tasks)))
+
+    def combine(
+        self,
+        jacobian: PyTree[Float[Array, "task ..."]],
+        losses: Float[Array, " task"],
+        state: GradVacState,
+        key: PRNGKeyArray,
+        *,
+        active: Bool[Array, " task"] | None = None,
+    ) -> tuple[PyTree[Float[Array, "..."]], GradVacState]:
+        leaves, structure = jax.tree.flatten(only_active_rows(jacobian, active))
+        numbers, orders = self._numbers(jacobian), draw_orders(key, losses.shape[0])
+        members = [[] for _ in range(1 + max(numbers))]
+        for number, leaf in zip(numbers, leaves, strict=True):
+            members[number].append(leaf)
+        products = jnp.stack([gramian(leaves) for leaves in members])
+        weights, phi = jax.vmap(vaccine_weights, in_axes=(0, 0, None, None))(products, state.phi, self.beta, orders)
+        combined = [combine_rows(weights[number], leaf) for number, leaf in zip(numbers, leaves, strict=True)]
+        return jax.tree.unflatten(structure, combined), GradVacState(phi)
+
+    def _numbers(self, tree: PyTree) -> list[int]:
+        """The number of the group of each leaf."""
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+        names = [path.rpartition("/")[0] if self.groups == "layer" else path for path in paths]
+        order = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return [order[name] for name in names]
 
 
 # Jitted, because a scan outside of jit is compiled anew at every call.

@@ -52,16 +52,18 @@ def imtl(*, weight_lr: float = 1e-3) -> Balancer:
 
     References:
       Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, *Towards Impartial Multi-Task Learning*, ICLR 2021. In the paper the
-      heads descend the scaled losses, which here they do only for a loss-level method. As in IMTL-G, the absolute value
-      of the sum is divided by.
+      heads descend the scaled losses: ``head_gradient="weighted"``. As in IMTL-G, the absolute value of the sum is
+      divided by.
     """
     return IMTL(checked(weight_lr, "imtl(weight_lr)", at_least=0.0))
 
 
 class IMTLState(NamedTuple):
-    """``scale.value`` is s; ``guard`` is 1 where the latest weights were divided by their absolute sum."""
+    """``scale.value`` is s, ``factors`` its exponential in the latest step; ``guard`` is 1 where the latest weights were
+    divided by their absolute sum."""
 
     scale: Learnable
+    factors: Float[Array, " task"]
     guard: Float[Array, ""]
 
 
@@ -75,7 +77,7 @@ class IMTL(Balancer):
     reads_losses: ClassVar = True
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> IMTLState:
-        return IMTLState(learnable(jnp.zeros(num_tasks)), jnp.zeros(()))
+        return IMTLState(learnable(jnp.zeros(num_tasks)), jnp.ones(num_tasks), jnp.zeros(()))
 
     def weigh(
         self,
@@ -89,9 +91,15 @@ class IMTL(Balancer):
         factors = jnp.exp(state.scale.value)
         moved = adam_step(state.scale, factors * losses - 1, self.weight_lr, active=active)
         moved = moved._replace(value=jnp.clip(moved.value, -MAX_SCALE, MAX_SCALE))
+        kept = factors if active is None else jnp.where(active, factors, state.factors)
         factors = factors.astype(gramian.dtype)
         weights, guard = impartial_weights(factors[:, None] * gramian * factors, active)
-        return factors * weights, IMTLState(moved, guard)
+        return factors * weights, IMTLState(moved, kept.astype(state.factors.dtype), guard)
+
+    def head_weights(
+        self, weights: Float[Array, " task"], losses: Float[Array, " task"], state: IMTLState
+    ) -> Float[Array, " task"]:
+        return state.factors.astype(weights.dtype)
 
     def diagnostics(self, state: IMTLState) -> dict[str, Float[Array, ""]]:
         return {"imtl_guard": state.guard}

@@ -66,6 +66,7 @@ class Krum(Balancer):
 
     needs: ClassVar = "gramian"
     scaling: ClassVar = "mean"
+    robust: ClassVar = True
 
     @property
     def min_tasks(self) -> int:

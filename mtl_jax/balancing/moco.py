@@ -123,7 +123,9 @@ class MoCo(Balancer):
         mixture = equal_mixture(num_tasks)
         return MoCoState(zeros_per_task(params, num_tasks), mixture, jnp.zeros((), jnp.int32))
 
-    def head_weights(self, losses: Float[Array, " task"], state: MoCoState) -> Float[Array, " task"]:
+    def head_weights(
+        self, weights: Float[Array, " task"], losses: Float[Array, " task"], state: MoCoState
+    ) -> Float[Array, " task"]:
         return state.mixture
 
     def combine(

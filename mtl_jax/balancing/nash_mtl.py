@@ -67,10 +67,11 @@ def nash_mtl(*, max_norm: float | None = 1.0, update_every: int = 1, reg_eps: fl
 
 
 class NashState(NamedTuple):
-    """``weights`` of the last solve, before ``max_norm``; ``steps`` since then; what the solver said."""
+    """``weights`` of the last solve, before ``max_norm``; ``steps`` since then; the Gramian; what the solver said."""
 
     weights: Float[Array, " task"]
     steps: Int[Array, ""]
+    products: Float[Array, "task task"]
     solver: SolverState
 
 
@@ -88,7 +89,11 @@ class NashMTL(Balancer):
         return 0 if self.update_every == 1 else None
 
     def init(self, num_tasks: int, params: PyTree | None = None) -> NashState:
-        return NashState(jnp.zeros(num_tasks), jnp.zeros((), jnp.int32), solver_state())
+        products = jnp.zeros((num_tasks, num_tasks))
+        return NashState(jnp.zeros(num_tasks), jnp.zeros((), jnp.int32), products, solver_state())
+
+    def kept(self, state: NashState) -> tuple[Bool[Array, ""], Float[Array, "task task"]] | None:
+        return None if self.update_every == 1 else (state.steps == 0, state.products)
 
     def weigh(
         self,
@@ -101,7 +106,10 @@ class NashMTL(Balancer):
     ) -> tuple[Float[Array, " task"], NashState]:
         due = None if self.update_every == 1 else state.steps == 0
         weights, solver = solved_or_kept(gramian, self.reg_eps, active, due, state)
-        state = NashState(weights, (state.steps + 1) % self.update_every, solver)
+        known = jnp.ones(gramian.shape, bool) if active is None else active[:, None] & active
+        known = known if due is None else known & due
+        products = jnp.where(known, gramian, state.products).astype(state.products.dtype)
+        state = NashState(weights, (state.steps + 1) % self.update_every, products, solver)
         weights = weights if active is None else jnp.where(active, weights, 0)
         return self._clipped(weights.astype(gramian.dtype), gramian, active), state
 

@@ -61,6 +61,7 @@ class TrimmedMean(Balancer):
 
     needs: ClassVar = "jacobian"
     scaling: ClassVar = "mean"
+    robust: ClassVar = True
 
     @property
     def min_tasks(self) -> int:

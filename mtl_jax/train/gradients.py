@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from mtl_jax.arguments import check_count
 from mtl_jax.balancing import Balancer
 from mtl_jax.balancing.base import combine, weigh
 from mtl_jax.balancing.rows import combine_rows, gramian
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import is_table, label
+from mtl_jax.model import label
+from mtl_jax.train.cut_model import CutModel, below_cut, in_scope, only_in_scope, parts_side_by_side, union
 from mtl_jax.train.direction import length_factor, squared_lengths, told
 from mtl_jax.train.objective import TaskLoss
-from mtl_jax.train.parallel import total
 
 SCOPES = ("representation", "encoder", "shared", "all")
 HEAD_GRADIENTS = ("auto", "plain", "weighted")
@@ -47,6 +48,10 @@ class BalancingOptions:
       length: ``native``; or the direction is given the length of the plain sum (``sum_norm``), or 1 (``unit``), to
         compare directions apart from lengths. For methods that see the gradients.
       max_norm: Longest direction, > 0; longer ones are shortened. None: any. For methods that see the gradients.
+      update_every: Steps from one comparison of the gradients to the next; the weights stay in between, and a step costs
+        one backward pass (see :func:`mtl_jax.balancing.reuse.reuse`). For methods from the Gramian.
+      row_stride: Gradients are compared on every n-th row of the batch, and the weights that come of it act on all rows. A
+        task without a label among them is absent. For methods from the Gramian.
     """
 
     scope: str = "encoder"
@@ -55,6 +60,8 @@ class BalancingOptions:
     scale: str = "paper"
     length: str = "native"
     max_norm: float | None = None
+    update_every: int = 1
+    row_stride: int = 1
 
     def __post_init__(self):
         choices = {
@@ -67,6 +74,8 @@ class BalancingOptions:
                 )
         if self.max_norm is not None and not (isinstance(self.max_norm, int | float) and 0 < self.max_norm < math.inf):
             raise ConfigError(f"balancing.max_norm is {self.max_norm!r}; expected a number > 0, or null. Change it")
+        check_count(self.update_every, "balancing.update_every")
+        check_count(self.row_stride, "balancing.row_stride")
 
     def weighted_heads(self, balancer: Balancer) -> bool:
         """What ``head_gradient`` means for this balancer."""
@@ -100,11 +109,13 @@ def balanced_gradients(
     part: Any = None,
     *,
     parts: PyTree | None = None,
+    sample: Any = None,
     balancer: Balancer,
     state: Any,
     key: PRNGKeyArray,
     options: BalancingOptions = BalancingOptions(),
     regulariser: Callable[[Mapping[str, Array]], Float[Array, ""]] | None = None,
+    learning_rate: Callable[[str], Any] | None = None,
     axis: str | None = None,
 ) -> Balanced:
     """The gradient of one step, balanced over tasks.
@@ -119,26 +130,34 @@ def balanced_gradients(
       params: Path -> array. Labels and tables are recognised by path.
       part: What ``common`` and ``heads`` read: the rows of this device.
       parts: The same in micro-batches, stacked along a leading axis; takes the place of ``part``.
+      sample: Rows that gradients are compared on, where these are not those of ``part``.
       balancer: The method.
       state: Its state.
       key: For stochastic methods; the same on all devices.
       options: Scope and head gradient.
       regulariser: All parameters -> penalty, whose gradient is added with factor 1 after balancing.
+      learning_rate: Path -> the optimizer's rate in this step, for methods that look along it.
       axis: Named axis of devices to sum over; None where there is none.
     """
-    below = {path: array for path, array in params.items() if below_cut(path)}
-    own = {task: {path: array for path, array in params.items() if _owned(path, task)} for task in heads}
-    single_pass = balancer.needs == "losses" and options.weighted_heads(balancer)
-    run = _one_backward_pass if single_pass else _one_pass_a_head
-    if balancer.num_batches > 1:
-        run = _one_batch_a_product
-    elif balancer.needs == "jacobian":
-        run = _entry_by_entry
-    result = run(_Model(common, heads, below, own, part, parts, axis), balancer, state, key, options)
+    model = CutModel.of(common, heads, params, part, parts=parts, sample=sample, axis=axis)
+    if balancer.owns_step:
+        result = balancer.gradients(model, state, key, options, learning_rate)
+    else:
+        result = _way(balancer, options)(model, balancer, state, key, options)
     if regulariser is not None:
         penalty = jax.grad(regulariser)(dict(params))
         result = result._replace(gradients=jax.tree.map(jnp.add, result.gradients, penalty))
     return result
+
+
+def _way(balancer: Balancer, options: BalancingOptions) -> Callable[..., Balanced]:
+    """How the gradients come about that the method is given."""
+    if balancer.num_batches > 1:
+        return _one_batch_a_product
+    if balancer.needs == "jacobian":
+        return _unit_by_unit if options.scope == "representation" else _entry_by_entry
+    single_pass = balancer.needs == "losses" and options.weighted_heads(balancer)
+    return _one_backward_pass if single_pass else _one_pass_a_head
 
 
 def check_scope(
@@ -153,6 +172,14 @@ def check_scope(
       micro_batches: Parts of a step.
     """
     name, scope = type(balancer).__name__, options.scope
+    if options.row_stride > 1:
+        one_batch = balancer.needs == "gramian" and balancer.num_batches == 1 and not balancer.owns_step
+        if not one_batch or micro_batches > 1:
+            where = f"trainer.micro_batches={micro_batches}" if one_batch else f"balancing '{name}'"
+            raise ConfigError(
+                f"balancing.row_stride is {options.row_stride} with {where}; expected a method that compares the "
+                "gradients of one batch, and no micro-batches. Set it to 1"
+            )
     labels = [label(path) for path in params]
     has_shared, has_tables = "shared" in labels, "embedding" in labels
     private = not has_shared and not has_tables
@@ -163,10 +190,12 @@ def check_scope(
                 f"balancing.length and balancing.max_norm need gradients, and '{name}' weighs losses; expected length "
                 "'native' and max_norm null. Leave them out, or clip by optimizer.clip_norm"
             )
-        return
+        if balancer.scopes is None:
+            _check_parts(balancer, micro_batches)
+            return
     if private:
         raise ConfigError(
-            f"balancing '{name}' compares gradients of shared parameters and the model has none; expected a sharing "
+            f"balancing '{name}' looks at shared parameters and the model has none; expected a sharing "
             "strategy that shares. Set balancing=equal or another sharing"
         )
     if scope not in filled:
@@ -174,7 +203,17 @@ def check_scope(
     possible, reason = _possible_scopes(balancer, filled)
     if scope not in possible:
         raise ConfigError(f"balancing '{name}' {reason}; expected balancing.scope one of {possible}, got '{scope}'")
-    if micro_batches > 1 and balancer.num_batches > 1:
+    _check_parts(balancer, micro_batches, by_rows=acts_on_units(balancer, options))
+
+
+def acts_on_units(balancer: Balancer, options: BalancingOptions) -> bool:
+    """Whether the method tells the rows of a batch from the units of the cut."""
+    return balancer.by_unit and options.scope == "representation"
+
+
+def _check_parts(balancer: Balancer, micro_batches: int, by_rows: bool = False) -> None:
+    name = type(balancer).__name__
+    if micro_batches > 1 and (by_rows or balancer.num_batches * balancer.num_parts > 1):
         raise ConfigError(
             f"balancing '{name}' cuts a batch itself; expected trainer.micro_batches=1, got {micro_batches}. Change it"
         )
@@ -184,8 +223,11 @@ def _possible_scopes(balancer: Balancer, filled: list[str]) -> tuple[list[str], 
     """The scopes of those that hold parameters which the method can work in, and why it cannot work in the others."""
     if balancer.has_parameter_state:
         return [scope for scope in filled if scope == "encoder"], "remembers a number for each dense parameter and task"
+    if balancer.scopes:
+        return [scope for scope in filled if scope in balancer.scopes], "is defined for some scopes only"
     if balancer.needs == "jacobian":
-        return [scope for scope in filled if scope in ("encoder", "shared")], "acts on entries of shared parameters"
+        possible = ("representation", "encoder", "shared") if balancer.by_unit else ("encoder", "shared")
+        return [scope for scope in filled if scope in possible], "acts on entries of shared parameters"
     if balancer.num_batches > 1:
         possible = [scope for scope in filled if scope in ("encoder", "shared")]
         return possible, "multiplies gradients of different batches, which have parameters in common and no rows"
@@ -194,60 +236,16 @@ def _possible_scopes(balancer: Balancer, filled: list[str]) -> tuple[list[str], 
 
 def scope_template(params: Mapping[str, Array], scope: str) -> dict[str, Array]:
     """The parameters of a scope, for :meth:`mtl_jax.balancing.Balancer.init`."""
-    return {path: array for path, array in params.items() if below_cut(path) and _in_scope(label(path), scope)}
-
-
-def below_cut(path: str) -> bool:
-    """Whether ``common`` reads the parameter: shared ones and all tables, private ones too."""
-    return not label(path).startswith("task/") or is_table(path)
-
-
-def _owned(path: str, task: str) -> bool:
-    return label(path) == f"task/{task}" and not below_cut(path)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Model:
-    """The cut model, the parameters that are differentiated, and the rows of the step on this device."""
-
-    common: Callable
-    heads: Mapping[str, Callable]
-    below: dict[str, Array]
-    own: dict[str, dict[str, Array]]
-    part: Any
-    parts: PyTree | None
-    axis: str | None
-
-    def losses(self, below, own, part) -> TaskLoss:
-        cut = self.common(below, part)
-        return _stack({task: head(own[task], cut, part) for task, head in self.heads.items()})
-
-    def total(self, tree: PyTree) -> PyTree:
-        """The sum over devices."""
-        return total(tree, self.axis)
-
-    def sum(self, function: Callable[[Any], PyTree]) -> PyTree:
-        """The sum of a function over micro-batches, one after the other, and over devices."""
-        shapes = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], self.parts))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-        def add(sums, part):
-            return jax.tree.map(jnp.add, sums, function(part)), None
-
-        return self.total(jax.lax.scan(add, zeros, self.parts)[0])
+    return {path: array for path, array in params.items() if below_cut(path) and in_scope(path, scope)}
 
 
 def task_losses(common, heads, params, part=None, *, parts=None, axis=None) -> TaskLoss:
     """The losses of all tasks without a gradient; arguments as for :func:`balanced_gradients`."""
-    below = {path: array for path, array in params.items() if below_cut(path)}
-    own = {task: {path: array for path, array in params.items() if _owned(path, task)} for task in heads}
-    model = _Model(common, heads, below, own, part, parts, axis)
-    if parts is None:
-        return model.total(model.losses(below, own, part))
-    return model.sum(lambda part: model.losses(below, own, part))
+    model = CutModel.of(common, heads, params, part, parts=parts, axis=axis)
+    return model.sum(lambda part: model.losses(model.below, model.own, part))
 
 
-def _one_backward_pass(model: _Model, balancer, state, key, options) -> Balanced:
+def _one_backward_pass(model: CutModel, balancer, state, key, options) -> Balanced:
     """Weights from losses: the step is the gradient of sum_i sg(w_i) L_i."""
 
     def weights_of(losses):
@@ -271,10 +269,10 @@ def _one_backward_pass(model: _Model, balancer, state, key, options) -> Balanced
         losses = model.sum(lambda part: model.losses(model.below, model.own, part))
         aux = (losses, *weights_of(losses))
         below_gradient, own_gradient = model.sum(lambda part: gradient(model.below, model.own, part, aux)[0])
-    return Balanced(below_gradient | _union(own_gradient), *aux)
+    return Balanced(below_gradient | union(own_gradient), *aux)
 
 
-def _one_pass_a_head(model: _Model, balancer, state, key, options) -> Balanced:
+def _one_pass_a_head(model: CutModel, balancer, state, key, options) -> Balanced:
     """Per-task gradients at the cut, weights from them or from their pull-backs, then one weighted pull.
 
     Over micro-batches the cut is another one each time, so what is summed is the Jacobian of the parameters.
@@ -283,55 +281,146 @@ def _one_pass_a_head(model: _Model, balancer, state, key, options) -> Balanced:
     needs_products = balancer.needs == "gramian"
     products = None
     if model.parts is None:
-        losses, own_gradient, jacobian, pull = _at_cut(model, model.part)
-        losses, own_gradient = model.total((losses, own_gradient))
-        if needs_products and at_cut:
-            products = model.total(balancer.products(jacobian))
-        elif needs_products:
-            rows = _pull_each(_pull_in_scope(pull, options), jacobian, options)
-            products = balancer.products(model.total(rows))
+        losses, own, jacobian, pull = model.at_cut(model.part)
+        losses, own = model.total((losses, own))
+
+        def compare():
+            of_heads, rows, down = own, jacobian, pull
+            if model.sample is not None:
+                _, of_heads, rows, down = model.at_cut(model.sample)
+                of_heads = model.total(of_heads)
+            if at_cut:
+                return model.total(balancer.products(rows))
+            rows = _pull_each(_pull_in_scope(down, options), rows, options)
+            return balancer.products(model.total(rows)) + _of_heads(model, of_heads, options)
+
+        if needs_products:
+            products = _where_due(compare, balancer.kept(state))
     else:
 
         def summed(part):
-            losses, own_gradient, jacobian, pull = _at_cut(model, part)
+            losses, own, jacobian, pull = model.at_cut(part)
             of_cut = balancer.products(jacobian) if at_cut and needs_products else None
-            return losses, own_gradient, _pull_each(pull, jacobian, options), of_cut
+            return losses, own, _pull_each(pull, jacobian, options), of_cut
 
-        losses, own_gradient, jacobian, products = model.sum(summed)
+        losses, own, jacobian, products = model.sum(summed)
         pull = None
         if needs_products and not at_cut:
-            products = balancer.products(_only_in_scope(jacobian, options))
-    if needs_products and options.scope == "all":  # heads of different tasks have no parameter in common
-        squares = [sum(jnp.vdot(g, g) for g in jax.tree.leaves(own_gradient[task])) for task in model.heads]
-        products += jnp.diag(jnp.stack(squares))
-    active = losses.denominator > 0
-    weights, state, info = weigh(balancer, products, losses.loss, state, key, active)
-    comparable = products is not None
-    weights, info, cosines = _with_length(balancer, options, weights, products if comparable else None, active, info)
-    below = _below(model, jacobian, pull, weights, options.weighted_heads(balancer))
-    own_gradient = _heads(model, own_gradient, weights if options.weighted_heads(balancer) else None)
-    info |= balancer.diagnostics(state)
-    return Balanced(below | _union(own_gradient), losses, weights, state, info, cosines)
+            products = balancer.products(only_in_scope(jacobian, options.scope)) + _of_heads(model, own, options)
+    return by_weights(model, TaskGradients(losses, own, jacobian, pull), products, balancer, state, key, options)
 
 
-def _entry_by_entry(model: _Model, balancer, state, key, options) -> Balanced:
+def _of_heads(model: CutModel, own, options) -> Array | float:
+    """What the heads add to the products; those of different tasks have no parameter in common."""
+    if options.scope != "all":
+        return 0.0
+    return jnp.diag(jnp.stack([sum(jnp.vdot(g, g) for g in jax.tree.leaves(own[task])) for task in model.heads]))
+
+
+def _where_due(compare: Callable[[], Array], kept: tuple[Array, Array] | None) -> Array:
+    """New products where they are due, else those that were kept."""
+    if kept is None:
+        return compare()
+    due, products = kept
+    return jax.lax.cond(due, compare, lambda: products.astype(jax.eval_shape(compare).dtype))
+
+
+def _entry_by_entry(model: CutModel, balancer, state, key, options) -> Balanced:
     """Per-task gradients of the parameters in the scope, their combination, and one weighted pull for the others."""
     if model.parts is None:
-        losses, own_gradient, jacobian, pull = _at_cut(model, model.part)
+        losses, own, jacobian, pull = model.at_cut(model.part)
         rows = _pull_each(_pull_in_scope(pull, options), jacobian, options)
-        losses, own_gradient, rows = model.total((losses, own_gradient, rows))
+        losses, own, rows = model.total((losses, own, rows))
     else:
 
         def summed(part):
-            losses, own_gradient, jacobian, pull = _at_cut(model, part)
-            return losses, own_gradient, _pull_each(pull, jacobian, options)
+            losses, own, jacobian, pull = model.at_cut(part)
+            return losses, own, _pull_each(pull, jacobian, options)
 
-        losses, own_gradient, jacobian = model.sum(summed)
-        rows, pull = _only_in_scope(jacobian, options), None
+        losses, own, jacobian = model.sum(summed)
+        rows, pull = only_in_scope(jacobian, options.scope), None
+    return by_entries(model, TaskGradients(losses, own, jacobian, pull), rows, balancer, state, key, options)
+
+
+def _unit_by_unit(model: CutModel, balancer, state, key, options) -> Balanced:
+    """One factor for each task and unit of the cut, for all rows of the batch, and one pull of the sum.
+
+    Every row is a part of its own, which tells rows from units whatever the layout of the cut is.
+    """
+    rows = parts_side_by_side(model)
+    labels, own, jacobian, pull = rows.at_cut(rows.part)
+    losses = labels._replace(numerator=labels.numerator.sum(axis=1), denominator=labels.denominator.sum(axis=1))
+    signed = [jnp.sum(jnp.sign(z) * g, axis=1) for z, g in zip(rows.leaves(rows.part), jacobian, strict=True)]
+    losses, own, signed, products = model.total((losses, own, signed, gramian(jacobian)))
+    active = losses.denominator > 0
+    finite = jnp.all(jnp.isfinite(products)) & jnp.all(jnp.isfinite(losses.loss))
+    factors = balancer.unit_factors(signed, key, active=active)
+    direction = [jnp.sum(factor[:, None] * leaf, axis=0) for factor, leaf in zip(factors, jacobian, strict=True)]
+    plain = combine_rows(active.astype(jnp.float32), jacobian)
+    squared_norm, squared_sum, inner = model.total(
+        [sum(map(jnp.vdot, a, b)) for a, b in ((direction, direction), (plain, plain), (direction, plain))]
+    )
+    factor = length_factor(options, balancer, squared_norm, squared_sum, active)
+    outside = active.astype(losses.loss.dtype)
+    info = {"null_rows": jnp.zeros((), jnp.int32), "nonfinite": ~finite, "negative_weights": jnp.zeros((), jnp.int32)}
+    info |= told(products, active, factor * factor * squared_norm, squared_sum, factor * inner)
+    found = TaskGradients(losses, own, jacobian, pull)
+    below, own = weighted_sum(model, found, outside, outside if options.weighted_heads(balancer) else None)
+    pulled = model.total(pull([(factor * leaf).astype(leaf.dtype) for leaf in direction]))
+    below |= {path: g for path, g in pulled.items() if not label(path).startswith("task/")}
+    return Balanced(below | union(own), losses, outside, state, info, _cosines(products))
+
+
+class TaskGradients(NamedTuple):
+    """Losses and gradients of the tasks before they are balanced.
+
+    Attributes:
+      losses: Of all tasks.
+      own: Task -> path -> gradient, of each task's own parameters.
+      jacobian: Per-task gradients at the cut, or of the parameters below it.
+      pull: From the cut down to the parameters; None where the Jacobian is already theirs, summed over devices.
+    """
+
+    losses: TaskLoss
+    own: dict[str, dict[str, Array]]
+    jacobian: PyTree[Float[Array, "task ..."]]
+    pull: Callable[[PyTree], dict[str, Array]] | None = None
+
+
+def by_weights(
+    model: CutModel,
+    found: TaskGradients,
+    products: Float[Array, "..."] | None,
+    balancer: Balancer,
+    state: Any,
+    key: PRNGKeyArray | None,
+    options: BalancingOptions,
+) -> Balanced:
+    """The step of a method with weights, from its ``products`` where it needs them."""
+    losses, weighted = found.losses, options.weighted_heads(balancer)
+    active = losses.denominator > 0
+    weights, state, info = weigh(balancer, products, losses.loss, state, key, active)
+    weights, info, cosines = _with_length(balancer, options, weights, products, active, info)
+    of_heads = jnp.where(active, balancer.head_weights(weights, losses.loss, state), 0)
+    below, own = weighted_sum(model, found, weights, of_heads if weighted else None)
+    return Balanced(below | union(own), losses, weights, state, info | balancer.diagnostics(state), cosines)
+
+
+def by_entries(
+    model: CutModel,
+    found: TaskGradients,
+    rows: Mapping[str, Float[Array, "task ..."]],
+    balancer: Balancer,
+    state: Any,
+    key: PRNGKeyArray | None,
+    options: BalancingOptions,
+) -> Balanced:
+    """The step of a method that combines the ``rows`` of the parameters in the scope entry by entry."""
+    losses, weighted = found.losses, options.weighted_heads(balancer)
     active = losses.denominator > 0
     direction, state, info = combine(balancer, rows, losses.loss, state, key, active)
     outside = jnp.where(active, balancer.weights_outside(losses.loss, state), 0)
-    of_heads = jnp.where(active, balancer.head_weights(losses.loss, state), 0)
+    of_heads = jnp.where(active, balancer.head_weights(outside, losses.loss, state), 0)
     products, plain = gramian(rows), combine_rows(active.astype(jnp.float32), rows)
     squared_norm, squared_sum, inner = (
         functools.reduce(jnp.add, (jnp.vdot(a[path], b[path], precision="highest") for path in a))
@@ -341,34 +430,32 @@ def _entry_by_entry(model: _Model, balancer, state, key, options) -> Balanced:
     direction = {path: (factor * leaf).astype(leaf.dtype) for path, leaf in direction.items()}
     info |= told(products, active, factor * factor * squared_norm, squared_sum, factor * inner)
     info |= {"negative_weights": jnp.sum(outside < 0)} | balancer.diagnostics(state)
-    weighted = options.weighted_heads(balancer)
-    below = _below(model, jacobian, pull, outside, weighted) | direction
-    own_gradient = _heads(model, own_gradient, of_heads if weighted else None)
-    return Balanced(below | _union(own_gradient), losses, outside, state, info, _cosines(products))
+    below, own = weighted_sum(model, found, outside, of_heads if weighted else None)
+    return Balanced(below | direction | union(own), losses, outside, state, info, _cosines(products))
 
 
-def _one_batch_a_product(model: _Model, balancer, state, key, options) -> Balanced:
+def _one_batch_a_product(model: CutModel, balancer, state, key, options) -> Balanced:
     """Inner products between the gradients of two batches, whose weights act on a third one, which trains the heads too."""
 
     def rows(part):
-        losses, _, jacobian, pull = _at_cut(model, part)
+        losses, _, jacobian, pull = model.at_cut(part)
         return losses, _pull_each(_pull_in_scope(pull, options), jacobian, options)
 
-    *compared, last = (jax.tree.map(lambda leaf, n=n: leaf[n], model.parts) for n in range(balancer.num_batches))
+    *compared, last = map(model.batch, range(balancer.num_batches))
     earlier, jacobians = jax.lax.map(rows, jax.tree.map(lambda *leaves: jnp.stack(leaves), *compared))
-    losses, own_gradient, jacobian, pull = _at_cut(model, last)
-    losses, own_gradient, earlier, jacobians = model.total((losses, own_gradient, earlier, jacobians))
+    losses, own, jacobian, pull = model.at_cut(last)
+    losses, own, earlier, jacobians = model.total((losses, own, earlier, jacobians))
     active = jnp.all(earlier.denominator > 0, axis=0) & (losses.denominator > 0)
     weights, state, info = weigh(balancer, balancer.products(jacobians), losses.loss, state, key, active)
     weights, info, _ = _with_length(balancer, options, weights, None, active, info)
     weighted = options.weighted_heads(balancer)
-    below = _below(model, jacobian, pull, weights, weighted)
-    own_gradient = _heads(model, own_gradient, weights if weighted else None)
+    found = TaskGradients(losses, own, jacobian, pull)
+    below, own = weighted_sum(model, found, weights, weights if weighted else None)
     losses = losses._replace(
         numerator=losses.numerator + jnp.sum(earlier.numerator, axis=0),
         denominator=losses.denominator + jnp.sum(earlier.denominator, axis=0),
     )
-    return Balanced(below | _union(own_gradient), losses, weights, state, info | balancer.diagnostics(state))
+    return Balanced(below | union(own), losses, weights, state, info | balancer.diagnostics(state))
 
 
 def _with_length(balancer, options, weights, products, active, info):
@@ -382,32 +469,35 @@ def _with_length(balancer, options, weights, products, active, info):
     return weights * factor, info, _cosines(products)
 
 
-def _below(model: _Model, jacobian, pull, weights, weighted_heads: bool) -> dict[str, Array]:
-    """Weighted gradients of what lies below the cut; of private tables, which are heads, weighted only where heads are."""
+def weighted_sum(
+    model: CutModel,
+    found: TaskGradients,
+    weights: Float[Array, " task"],
+    of_heads: Float[Array, " task"] | None,
+) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
+    """sum_i w_i g_i below the cut, and the gradient of each task's own parameters.
+
+    Args:
+      model: The model.
+      found: What its tasks have for gradients.
+      weights: w.
+      of_heads: What gradients of a task's own parameters are multiplied by. None: nothing, nor are those of its tables.
+    """
 
     def combined(weights):
-        rows = combine_rows(weights, jacobian)
-        return rows if pull is None else model.total(pull(rows))
+        rows = combine_rows(weights, found.jacobian)
+        return rows if found.pull is None else model.total(found.pull(rows))
 
-    gradients = combined(weights)
-    if not weighted_heads and any(label(path).startswith("task/") for path in model.below):
+    below, own = combined(weights), found.own
+    if of_heads is not None:
+        own = {
+            task: jax.tree.map(lambda g, w=of_heads[index]: w * g, own[task])
+            for index, task in enumerate(model.heads)  # sums leave dicts sorted by name
+        }
+    elif any(label(path).startswith("task/") for path in model.below):
         plain = combined(jnp.ones_like(weights))
-        gradients |= {path: g for path, g in plain.items() if label(path).startswith("task/")}
-    return gradients
-
-
-def _heads(model: _Model, own_gradient, weights) -> dict[str, dict[str, Array]]:
-    """Gradients of each task's own parameters, times its weight where there are weights."""
-    if weights is None:
-        return own_gradient
-    return {
-        task: jax.tree.map(lambda g, w=weights[index]: w * g, own_gradient[task])
-        for index, task in enumerate(model.heads)  # sums leave dicts sorted by name
-    }
-
-
-def _only_in_scope(jacobian: Mapping[str, Array], options: BalancingOptions) -> dict[str, Array]:
-    return {path: rows for path, rows in jacobian.items() if _in_scope(label(path), options.scope)}
+        below |= {path: g for path, g in plain.items() if label(path).startswith("task/")}
+    return below, own
 
 
 def _cosines(products: Float[Array, "task task"]) -> Float[Array, "task task"]:
@@ -415,60 +505,10 @@ def _cosines(products: Float[Array, "task task"]) -> Float[Array, "task task"]:
     return products * inverse[:, None] * inverse
 
 
-def _at_cut(model: _Model, part):
-    """Losses of one part, gradients of each task's own parameters, its Jacobian at the cut, and the way down from there."""
-    leaves, pull, rebuild = _cut(lambda below: model.common(below, part), model.below)
-    losses, own_gradient, rows = {}, {}, {}
-    for task, head in model.heads.items():
-
-        def loss(own, leaves, head=head):
-            result = head(own, rebuild(leaves), part)
-            return result.loss, result
-
-        gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        (_, losses[task]), (own_gradient[task], rows[task]) = gradient(model.own[task], leaves)
-    return _stack(losses), own_gradient, jax.tree.map(lambda *row: jnp.stack(row), *rows.values()), pull
-
-
-def _cut(common, below):
-    """The floating-point leaves of the cut, their pull-back, and the way from leaves to the cut."""
-
-    def floating(below):
-        leaves, structure = jax.tree.flatten(common(below))
-        inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-        differentiated = [leaf for leaf, yes in zip(leaves, inexact, strict=True) if yes]
-        constants = [leaf for leaf, yes in zip(leaves, inexact, strict=True) if not yes]
-        layout.append((structure, inexact))
-        return differentiated, constants
-
-    layout: list = []
-    leaves, pull, constants = jax.vjp(floating, below, has_aux=True)
-    structure, inexact = layout[-1]
-
-    def rebuild(leaves):
-        floats, others = iter(leaves), iter(constants)
-        return jax.tree.unflatten(structure, [next(floats) if yes else next(others) for yes in inexact])
-
-    return leaves, lambda cotangent: pull(cotangent)[0], rebuild
-
-
 def _pull_in_scope(pull, options: BalancingOptions):
     """The pull-back to parameters in the scope; a Jacobian over tables is held only where they are in it."""
-    return lambda cotangent: _only_in_scope(pull(cotangent), options)
+    return lambda cotangent: only_in_scope(pull(cotangent), options.scope)
 
 
 def _pull_each(pull, jacobian, options: BalancingOptions):
     return jax.lax.map(pull, jacobian) if options.jacobian == "map" else jax.vmap(pull)(jacobian)
-
-
-def _in_scope(kind: str, scope: str) -> bool:
-    """Whether parameters below the cut with this label count; private tables are heads, and do so under ``all`` only."""
-    return scope == "all" or kind == "shared" or (scope == "shared" and kind == "embedding")
-
-
-def _stack(losses: Mapping[str, TaskLoss]) -> TaskLoss:
-    return TaskLoss(*(jnp.stack(column) for column in zip(*losses.values(), strict=True)))
-
-
-def _union(gradients: Mapping[str, dict[str, Array]]) -> dict[str, Array]:
-    return {path: gradient for own in gradients.values() for path, gradient in own.items()}

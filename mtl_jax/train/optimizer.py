@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import decays, label
@@ -101,6 +101,12 @@ class Optimizer:
         rate = self.learning_rate
         rate = rate[self._rate_name(path)] if isinstance(rate, Mapping) else rate
         return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(rate))
+
+    def rate(self, path: str, step: Int[Array, ""]) -> Any:
+        """The learning rate of a parameter after so many updates."""
+        rate = self.learning_rate
+        rate = rate[self._rate_name(path)] if isinstance(rate, Mapping) else rate
+        return rate(step) if callable(rate) else rate
 
     def numbers(self) -> dict[str, Any]:
         """Learning rates, decays and bound that are numbers: what may differ between runs of one compiled program.

@@ -167,7 +167,8 @@ class Setup:
 
     def padded_size(self, member: Member) -> int:
         """Rows of a step with its padding, which devices, micro-batches and the batches of a balancer divide."""
-        parts = self.devices.number * self.micro_batches * member.balancer.num_batches
+        balancer = member.balancer
+        parts = self.devices.number * self.micro_batches * balancer.num_batches * balancer.num_parts
         return math.ceil(self.batch_size / parts) * parts
 
     def build(self, member: Member, stage: Stage, model: MultiTaskModel, start: int = 0) -> tuple[Step, TrainState]:

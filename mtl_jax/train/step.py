@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mtl_jax.balancing import Balancer
+from mtl_jax.balancing.reuse import reuse
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import Inputs, MultiTaskModel, is_table, of_loss
 from mtl_jax.nn import Context, stream
@@ -21,6 +22,7 @@ from mtl_jax.train.direction import diagnostic_names
 from mtl_jax.train.gradients import (
     Balanced,
     BalancingOptions,
+    acts_on_units,
     balanced_gradients,
     check_scope,
     scope_template,
@@ -166,6 +168,8 @@ class Step:
         params = {path: array for path, array in params.items() if trainable(path)}
         balancer = balancer.for_tasks(tasks)
         check_scope(params, balancer, options, micro_batches)
+        if options.update_every > 1:
+            balancer = reuse(balancer, every=options.update_every)
         chosen = {name for name, choice in (table_updates or {}).items() if choice == tables.SPARSE}
         readers = {
             f.vocabulary: tuple(g.name for g in model.features if g.vocabulary == f.vocabulary) for f in model.features
@@ -252,7 +256,8 @@ class Step:
         balancer_state = balanced.state
         if self.balancer.observes:
             after = params | {path: table[compacted[_vocabulary(path)].ids] for path, table in new_tables.items()}
-            losses = task_losses(problem.common, problem.heads, after, **problem.rows, axis=self.axis)
+            rows = {name: part for name, part in problem.rows.items() if name != "sample"}
+            losses = task_losses(problem.common, problem.heads, after, **rows, axis=self.axis)
             active = (losses.denominator > 0) & update
             balancer_state = self.balancer.observe(losses.loss, balancer_state, active=active)
         new_state = state._replace(
@@ -326,25 +331,32 @@ class Step:
             key=stream(key, "balancer"),
             options=self.options,
             regulariser=(lambda p: self.functional.merge(p, state.rest).sharing.regulariser()) if regularised else None,
+            learning_rate=lambda path: self.optimizer.rate(path, state.step),
             axis=self.axis,
         )
 
     def _rows(self, inputs: Inputs, batch: Mapping[str, Any], key) -> dict[str, "_Part"]:
         """The rows of this device, or their parts, each with a key of its own for what it draws.
 
-        Micro-batches share the denominators of the step, and independent batches of a balancer have their own.
+        Parts of a step share its denominators, and independent batches of a balancer have their own.
         """
         if self.axis:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
-        number = self.micro_batches * self.balancer.num_batches
+        number = self.micro_batches * self.balancer.num_batches * self.balancer.num_parts
+        if acts_on_units(self.balancer, self.options):
+            number = batch["weight"].shape[0]
         if number == 1:
-            return {"part": _Part(inputs, batch, key, self._denominators(batch))}
+            part = _Part(inputs, batch, key, self._denominators(batch))
+            if (stride := self.options.row_stride) == 1:
+                return {"part": part}
+            some, labels = jax.tree.map(lambda column: column[::stride], (inputs, dict(batch)))
+            return {"part": part, "sample": _Part(some, labels, key, self._denominators(labels))}
 
         def cut(column):  # every n-th row, so that rows which lie on one device stay there
             return jnp.moveaxis(column.reshape(column.shape[0] // number, number, *column.shape[1:]), 1, 0)
 
         parts, labels = jax.tree.map(cut, (inputs, dict(batch)))
-        if self.micro_batches > 1:
+        if self.balancer.num_batches == 1:
             denominators = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (number,)), self._denominators(batch))
         else:
             denominators = jax.vmap(self._denominators)(labels)
@@ -415,7 +427,7 @@ class _Part(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """The losses of a step: to the cut, from the cut to each task's loss, and the rows (``part`` or ``parts``)."""
+    """The losses of a step: to the cut, from there to each task's loss, and the rows (``part``, ``parts``, ``sample``)."""
 
     common: Callable
     heads: dict[str, Callable]

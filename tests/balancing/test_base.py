@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_jax.balancing import Balancer, NoState, aggregate, equal, pcgrad, uncertainty
+from mtl_jax.balancing import Balancer, NoState, aggregate, equal, krum, pcgrad, trimmed_mean, uncertainty
 from mtl_jax.balancing.base import gramian, weigh
 from mtl_jax.errors import ConfigError
 
@@ -151,3 +151,17 @@ def test_too_few_tasks_are_refused():
         aggregate(Reciprocal(), J3[:1], 0, losses=[1.0])
     with pytest.raises(ConfigError, match="at least 1"):
         pcgrad().for_tasks([])
+
+
+@pytest.mark.parametrize("balancer", [krum(num_selected=2), trimmed_mean()], ids=["krum", "trimmed_mean"])
+def test_an_outlier_of_any_length_leaves_robust_methods_the_others(balancer):
+    """Else the one gradient that they are to leave out would make all the others absent."""
+    rows = np.random.default_rng(0).normal(1.0, 0.3, size=(4, 6))
+    rows[2] *= 1e9
+    direction, _ = aggregate(balancer, jnp.asarray(rows, jnp.float32), balancer.init(4))
+    assert 0.3 < np.min(direction) and np.max(direction) < 3
+    rows[0] = 0  # and one that is absent is absent
+    without = jnp.asarray(rows, jnp.float32), jnp.array([False, True, True, True])
+    absent, _ = aggregate(balancer, without[0], balancer.init(4))
+    inactive, _ = aggregate(balancer, without[0], balancer.init(4), active=without[1])
+    np.testing.assert_allclose(absent, inactive)

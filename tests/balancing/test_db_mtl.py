@@ -94,7 +94,9 @@ def test_heads_descend_the_log_loss():
     """The derivative of log(L + 1e-8)."""
     losses = jnp.array([0.5, 2.0, 1e-3])
     slope = jax.grad(lambda loss: jnp.sum(jnp.log(loss + 1e-8)))(losses)
-    np.testing.assert_allclose(db_mtl().head_weights(losses, db_mtl().init(3, jnp.zeros(1))), slope, rtol=1e-6)
+    np.testing.assert_allclose(
+        db_mtl().head_weights(jnp.ones(3), losses, db_mtl().init(3, jnp.zeros(1))), slope, rtol=1e-6
+    )
 
 
 def test_a_negative_loss_skips_the_step_and_a_zero_loss_does_not():

@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import pytest
 
 import mtl_jax.balancing as methods
+from mtl_jax import train
 
 PAGE = (Path(__file__).parents[2] / "docs" / "balancing.md").read_text(encoding="utf-8")
 NO_METHOD = ("aggregate", "as_optax")
 FACTORIES = sorted(name for name in methods.__all__ if name.islower() and name not in NO_METHOD)
-GIVEN = {"fixed": lambda: methods.fixed(weights=[1.0, 2.0]), "cr_mogm": lambda: methods.cr_mogm(methods.mgda())}
+OWN_STEP = ("auto_lambda", "forum", "moml", "ntkmtl_sr", "samo")
+GIVEN = {
+    "fixed": lambda: methods.fixed(weights=[1.0, 2.0]),
+    "cr_mogm": lambda: methods.cr_mogm(methods.mgda()),
+    "samo": lambda: train.samo(methods.mgda()),
+}
 SECTIONS = {
     "From losses": "losses",
     "From the Gramian": "gramian",
@@ -21,7 +27,7 @@ SECTIONS = {
 
 
 def made(name):
-    return GIVEN.get(name, getattr(methods, name))()
+    return GIVEN.get(name, getattr(train if name in OWN_STEP else methods, name))()
 
 
 def listed():
@@ -35,7 +41,14 @@ def listed():
 
 
 def test_every_method_has_a_row():
-    assert set(FACTORIES) <= set(listed())
+    assert set(FACTORIES) | set(OWN_STEP) <= set(listed())
+
+
+@pytest.mark.parametrize("name", OWN_STEP)
+def test_the_row_of_a_method_that_owns_the_step_is_true(name):
+    balancer, (title, cells) = made(name), listed()[name]
+    assert title == "With gradients of its own" and balancer.owns_step
+    assert cells[3] == ("as the other" if name == "samo" else balancer.scaling)
 
 
 @pytest.mark.parametrize("name", FACTORIES)

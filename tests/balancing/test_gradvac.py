@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtl_jax.balancing.base import aggregate
 from mtl_jax.balancing.gradvac import GradVacState, gradvac, vaccine_weights
 from mtl_jax.balancing.pcgrad import projection_weights
 from mtl_jax.errors import ConfigError
@@ -147,3 +148,28 @@ def test_identical_tasks_stay_finite():
 def test_options_out_of_range_are_refused(beta):
     with pytest.raises(ConfigError, match=r"gradvac\(beta\)"):
         gradvac(beta=beta)
+
+
+@pytest.mark.parametrize(("groups", "parts"), [("tensor", [["a/kernel"], ["a/bias"], ["b/kernel"]]),
+                                               ("layer", [["a/kernel", "a/bias"], ["b/kernel"]])])  # fmt: skip
+def test_groups_have_cosines_of_their_own(groups, parts):
+    """Each is what the whole method makes of its arrays alone, under the same orders, over several steps."""
+    rng = np.random.default_rng(5)
+    shapes = {"a/bias": (3,), "a/kernel": (2, 3), "b/kernel": (4,)}
+    template = {path: jnp.zeros(shape) for path, shape in shapes.items()}
+    balancer = gradvac(beta=0.3, groups=groups)
+    state, alone = balancer.init(3, template), [gradvac(beta=0.3).init(3) for _ in parts]
+    for step in range(3):
+        jacobian = {path: jnp.asarray(rng.normal(size=(3, *shape)), jnp.float32) for path, shape in shapes.items()}
+        key, active = jax.random.key(step), jnp.array([True, step != 1, True])
+        direction, state = aggregate(balancer, jacobian, state, key=key, active=active)
+        for number, paths in enumerate(parts):
+            rows = {path: jacobian[path] for path in paths}
+            expected, alone[number] = aggregate(gradvac(beta=0.3), rows, alone[number], key=key, active=active)
+            for path in paths:
+                np.testing.assert_allclose(direction[path], expected[path], rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_groups_are_refused():
+    with pytest.raises(ConfigError, match="gradvac\\(groups\\) is 'block'; expected one of"):
+        gradvac(groups="block")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtl_jax.balancing.base import aggregate, gramian, weigh
-from mtl_jax.balancing.imtl import IMTLState, imtl
+from mtl_jax.balancing.imtl import imtl
 from mtl_jax.balancing.imtl_g import imtl_g
 from mtl_jax.balancing.learnable import learnable
 from mtl_jax.errors import ConfigError
@@ -19,7 +19,7 @@ def test_goldens(imtl_case, dtype, assert_golden):
     balancer = imtl(**case["params"])
     losses = jnp.asarray(case.get("losses", [1.0] * num_tasks), dtype)
     active = jnp.asarray(case.get("active", [True] * num_tasks))
-    state = IMTLState(learnable(jnp.asarray(case["state"]["scale"], dtype)), jnp.zeros(()))
+    state = imtl().init(len(case["jacobian"]))._replace(scale=learnable(jnp.asarray(case["state"]["scale"], dtype)))
     weights, _, _ = weigh(balancer, gramian(jacobian), losses, state, None, active)
     direction, _ = aggregate(balancer, jacobian, state, losses=losses, active=active)
     assert weights.dtype == direction.dtype == dtype
@@ -38,7 +38,7 @@ def test_starts_as_imtl_g():
 
 def test_is_imtl_g_of_the_scaled_losses():
     scale = jnp.array([0.5, -1.0, 0.2])
-    direction, _ = aggregate(imtl(), ROWS, IMTLState(learnable(scale), jnp.zeros(())), losses=jnp.ones(3))
+    direction, _ = aggregate(imtl(), ROWS, imtl().init(3)._replace(scale=learnable(scale)), losses=jnp.ones(3))
     scaled = jnp.exp(scale)[:, None] * ROWS
     np.testing.assert_allclose(direction, aggregate(imtl_g(), scaled, imtl_g().init(3))[0], rtol=1e-4)
 
@@ -72,3 +72,12 @@ def test_an_inactive_task_keeps_its_scale():
 def test_a_negative_rate_is_refused():
     with pytest.raises(ConfigError, match=r"imtl\(weight_lr\)"):
         imtl(weight_lr=-1.0)
+
+
+def test_heads_descend_the_scaled_losses():
+    """By the scale that the weights were found with, which for an absent task is that of before."""
+    balancer, scale = imtl(weight_lr=0.5), jnp.log(jnp.array([2.0, 0.5, 3.0]))
+    state = balancer.init(3)._replace(scale=learnable(scale))
+    weights, state, _ = weigh(balancer, ROWS @ ROWS.T, jnp.ones(3), state, None, jnp.array([True, True, False]))
+    np.testing.assert_allclose(balancer.head_weights(weights, jnp.ones(3), state), [2.0, 0.5, 1.0], rtol=1e-6)
+    assert np.any(np.asarray(state.scale.value) != scale)

@@ -49,7 +49,7 @@ def _references():
 references = _references()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """One balancer under test.
 
@@ -343,6 +343,12 @@ def evaluate(balancer, jacobians, losses, active, *, dtype=np.float32, draws=Non
     )
 
 
+@functools.cache
+def usual(method, number=0):
+    """Weights, directions and state of all cases as they are."""
+    return evaluate(method.run_axis[number], *cases())
+
+
 @pytest.fixture(params=METHODS)
 def name(request):
     return request.param
@@ -363,16 +369,19 @@ def assert_close(actual, expected, scale, tolerance, where=None):
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_direction_is_that_of_the_numpy_loop(name, dtype, tolerance):
     method, where = METHODS[name], settled(name, dtype)
-    with jax.enable_x64(dtype == np.float64):
-        weights, directions, _ = evaluate(method.run_axis[0], *cases(), dtype=dtype)
+    if dtype == np.float32:
+        weights, directions, _ = usual(method)
+    else:
+        with jax.enable_x64(True):
+            weights, directions, _ = evaluate(method.run_axis[0], *cases(), dtype=dtype)
     assert weights.dtype == directions.dtype == dtype
     assert np.sum(where) >= NUM_CASES // 4
     assert_close(directions, *expected(name, dtype), max(tolerance, method.tolerance), where)
 
 
 def test_results_are_finite_and_absent_tasks_weigh_nothing(method):
-    jacobians, losses, active = cases()
-    weights, directions, _ = evaluate(method.run_axis[0], jacobians, losses, active)
+    active = cases()[2]
+    weights, directions, _ = usual(method)
     assert weights.shape == (NUM_CASES, NUM_TASKS)
     assert directions.shape == (NUM_CASES, NUM_PARAMS)
     assert np.all(np.isfinite(weights)) and np.all(np.isfinite(directions))
@@ -388,7 +397,7 @@ def test_homogeneity(name, factor):
     if balancer.homogeneity is None:
         pytest.skip("the direction is not homogeneous")
     jacobians, losses, active = cases()
-    _, directions, _ = evaluate(balancer, jacobians, losses, active)
+    _, directions, _ = usual(METHODS[name])
     _, scaled, _ = evaluate(balancer, factor * jacobians, losses, active)
     assert_close(scaled / factor**balancer.homogeneity, directions, expected(name, np.float32)[1], 1e-4, settled(name))
 
@@ -518,7 +527,7 @@ def test_null_rows_are_as_inactive_for_methods_of_gradients(method):
     nulled[np.arange(NUM_CASES), :, first] = 0
     weights, directions, _ = evaluate(balancer, nulled, losses, active)
     if balancer.needs == "losses":
-        expected, _, _ = evaluate(balancer, jacobians, losses, active)
+        expected, _, _ = usual(method)
     else:
         without[np.arange(NUM_CASES), first] = False
         expected, expected_directions, _ = evaluate(balancer, jacobians, losses, without)
@@ -528,14 +537,14 @@ def test_null_rows_are_as_inactive_for_methods_of_gradients(method):
 
 def test_only_methods_that_say_so_read_the_losses(method):
     jacobians, losses, active = cases()
-    _, directions, _ = evaluate(method.run_axis[0], jacobians, losses, active)
+    _, directions, _ = usual(method)
     _, others, _ = evaluate(method.run_axis[0], jacobians, losses[:, :, ::-1] + 3.0, active)
     assert np.array_equal(directions, others) != method.run_axis[0].reads_losses
 
 
 def test_one_key_gives_one_result_and_only_methods_that_say_so_draw(method):
     balancer = method.run_axis[0]
-    _, directions, _ = evaluate(balancer, *cases())
+    _, directions, _ = usual(method)
     _, again, _ = evaluate(balancer, *cases())
     np.testing.assert_array_equal(again, directions)
     _, redrawn, _ = evaluate(balancer, *cases(), draws=keys()[::-1])
@@ -548,6 +557,7 @@ def leaves_but_of_solvers(results):
     return [leaf for leaf in leaves if not isinstance(leaf, SolverState)]
 
 
+@pytest.mark.slow
 def test_a_run_axis_over_hyperparameters_is_a_loop(method):
     if not jax.tree.leaves(method.run_axis):
         pytest.skip("there is no number to map")
@@ -558,7 +568,7 @@ def test_a_run_axis_over_hyperparameters_is_a_loop(method):
         jax.vmap(jax.vmap(train, in_axes=(None, 0, 0, 0, 0)), in_axes=(0, None, None, None, None), axis_size=2)
     )
     mapped = runs(stacked, jacobians.astype("f"), losses.astype("f"), active, keys()[few])
-    loop = [jax.tree.map(lambda leaf: leaf[few], evaluate(balancer, *cases())) for balancer in method.run_axis]
+    loop = [jax.tree.map(lambda leaf: leaf[few], usual(method, number)) for number in range(2)]
     for together, *alone in zip(*map(leaves_but_of_solvers, (mapped, *loop)), strict=True):
         np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-4 * max(1, np.max(np.abs(alone))))
     assert not np.array_equal(loop[0][1], loop[1][1])
@@ -570,7 +580,7 @@ def test_compiled_and_not_agree(name):
     balancer = METHODS[name].run_axis[0]
     case = np.flatnonzero((cases()[2].sum(axis=1) == 3) & chosen("independent") & chosen("away"))[0]
     jacobians, losses, active = (jnp.asarray(array[case]) for array in cases())
-    _, directions, _ = evaluate(balancer, *cases())
+    _, directions, _ = usual(METHODS[name])
     with jax.disable_jit():
         state = balancer.init(NUM_TASKS, jnp.zeros(NUM_PARAMS))
         for jacobian, loss, after in zip(

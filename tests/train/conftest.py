@@ -15,6 +15,8 @@ from mtl_jax.model import MultiTaskModel
 from mtl_jax.nn import Encoder, Tower
 from mtl_jax.sharing import MMoE, SharedBottom, SingleTask
 from mtl_jax.tasks import Task
+from mtl_jax.train import BalancingOptions, balanced_gradients
+from mtl_jax.train.objective import TaskLoss
 
 
 def vocabulary(name, size):
@@ -159,3 +161,97 @@ def as_float64():
 def with_columns():
     """(Encoded, field=...) -> Encoded with those fields replaced."""
     return dataclasses.replace
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """Tasks over one shared vector x, each with a vector of its own: L_i = |x - c_i|^2 / 2 + |h_i - B_i x|^2 / 2.
+
+    A part of a step has centres c [task, 3] and a share of the loss; a task that is absent has no labels.
+    """
+
+    centres: np.ndarray
+    mixers: np.ndarray
+    absent: tuple[int, ...] = ()
+
+    @property
+    def tasks(self):
+        return [f"t{number}" for number in range(len(self.centres))]
+
+    @property
+    def params(self):
+        start = {"shared/x": jnp.array([0.3, -0.2, 0.5])}
+        return start | {f"task/{name}/h": jnp.full(2, 0.1 * (i + 1)) for i, name in enumerate(self.tasks)}
+
+    def part(self, *, share=1.0, shift=0.0):
+        return {"centres": jnp.asarray(self.centres) + shift, "share": jnp.asarray(share)}
+
+    def common(self, below, part):
+        return {"x": below["shared/x"], "centres": part["centres"]}
+
+    def heads(self):
+        return {name: self._head(number, name) for number, name in enumerate(self.tasks)}
+
+    def _head(self, number, name):
+        def loss(own, cut, part):
+            away = cut["x"] - cut["centres"][number]
+            rest = own[f"task/{name}/h"] - self.mixers[number] @ cut["x"]
+            present = part["share"] * (number not in self.absent)
+            return TaskLoss(present * (away @ away + rest @ rest) / 2, present, present)
+
+        return loss
+
+    def losses(self, params, part):
+        cut = self.common(params, part)
+        return jnp.stack([head(params, cut, part).loss for head in self.heads().values()])
+
+    def looked_ahead(self, halves, weights, rate, tasks):
+        """Summed held-out losses of some tasks after a step with these weights."""
+        train, held_out = (jax.tree.map(lambda leaf, n=n: leaf[n], halves) for n in range(2))
+        slope = jax.grad(lambda params: weights @ self.losses(params, train))(self.params)
+        ahead = jax.tree.map(lambda value, g: value - rate * g, self.params, slope)
+        return self.losses(ahead, held_out)[np.array(tasks)].sum()
+
+    def balanced(self, balancer, part=None, *, key=0, state=None, learning_rate=0.1, options=None, **parts):
+        """One step of the balancer, compiled, with its state before the first step by default."""
+        state = balancer.init(len(self.tasks), {"shared/x": self.params["shared/x"]}) if state is None else state
+        return jax.jit(
+            lambda params, part, parts: balanced_gradients(
+                self.common,
+                self.heads(),
+                params,
+                part,
+                parts=parts,
+                balancer=balancer,
+                state=state,
+                key=jax.random.key(key),
+                options=options or BalancingOptions(),
+                learning_rate=lambda path: learning_rate,
+            )
+        )(self.params, part, parts.get("parts"))
+
+
+@pytest.fixture
+def plane():
+    """Builds such a problem in float64; with copies, all tasks are the same."""
+
+    def build(num_tasks=3, *, absent=(), copies=False):
+        rng = np.random.default_rng(0)
+        centres, mixers = rng.normal(size=(num_tasks, 3)), rng.normal(size=(num_tasks, 2, 3))
+        if copies:
+            centres[1:], mixers[1:] = centres[:1], 0
+            mixers[0] = 0
+        return Plane(centres, mixers, absent)
+
+    with jax.enable_x64(True):
+        yield build
+
+
+def stack(*parts):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
+@pytest.fixture
+def halves():
+    """Two parts of a plane, one to train on and one held out."""
+    return lambda plane: stack(plane.part(), plane.part(shift=0.7))

@@ -22,6 +22,7 @@ from mtl_jax.balancing import (
     trimmed_mean,
     uncertainty,
 )
+from mtl_jax.balancing.graddrop import draw_uniform
 from mtl_jax.data.batching import as_batch
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
@@ -29,6 +30,7 @@ from mtl_jax.nn import Context
 from mtl_jax.sharing import Strategy
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, Step, balanced_gradients
 from mtl_jax.train.gradients import SCOPES, check_scope, scope_template
+from mtl_jax.train.objective import TaskLoss
 from mtl_jax.train.state import Functional
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -349,7 +351,9 @@ def test_losses_after_the_update_are_those_of_the_same_batch(world):
             r"'DbMtl' remembers a number for each dense parameter.*\['encoder'\]",
         ),
         (db_mtl(), {"scope": "shared"}, 1, "'DbMtl' remembers a number"),
-        (graddrop(), {"scope": "all"}, 1, r"'GradDrop' acts on entries.*\['encoder', 'shared'\]"),
+        (graddrop(), {"scope": "all"}, 1, r"'GradDrop' acts on entries.*\['representation', 'encoder', 'shared'\]"),
+        (graddrop(), {"scope": "representation"}, 2, "'GradDrop' cuts a batch itself"),
+        (trimmed_mean(), {"scope": "representation"}, 1, r"'TrimmedMean' acts on entries.*\['encoder', 'shared'\]"),
         (modo(), {"scope": "representation"}, 1, "'MoDo' multiplies gradients of different batches"),
         (modo(), {}, 2, "'MoDo' cuts a batch itself; expected trainer.micro_batches=1, got 2"),
     ],
@@ -357,6 +361,65 @@ def test_losses_after_the_update_are_those_of_the_same_batch(world):
 def test_what_cannot_work_is_refused_with_the_reason(world, balancer, options, micro_batches, message):
     with pytest.raises(ConfigError, match=message):
         check_scope(world("shared_bottom").params, balancer, BalancingOptions(**options), micro_batches)
+
+
+@pytest.mark.parametrize("leak", [0.0, [0.0, 0.5, 1.0]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_mask_for_all_rows_of_a_unit(leak, transposed):
+    """GradDrop at the representation from its definition; units may lie before or after the rows in the cut."""
+    rng = np.random.default_rng(0)
+    x, slopes = rng.normal(size=(6, 3)), rng.normal(size=(3, 4))
+    kernel = rng.normal(size=(3, 4))
+    with jax.enable_x64(True):
+
+        def common(below, part):
+            z = part["x"] @ below["shared/kernel"]
+            return z.T if transposed else z
+
+        def head(number):
+            def loss(own, cut, part):
+                z = cut.T if transposed else cut
+                return TaskLoss(jnp.sum(jnp.tanh(z) @ slopes[number]) / 6, jnp.ones(()), jnp.ones(()))
+
+            return loss
+
+        balanced = balanced_gradients(
+            common,
+            {f"t{number}": head(number) for number in range(3)},
+            {"shared/kernel": jnp.asarray(kernel)},
+            parts={"x": jnp.asarray(x)[:, None]},
+            balancer=graddrop(leak=leak),
+            state=graddrop(leak=leak).init(3),
+            key=KEY,
+            options=BalancingOptions(scope="representation"),
+        )
+        z = x @ kernel
+        rows = slopes[:, None] * (1 - np.tanh(z) ** 2) / 6
+        sums = np.sum(np.sign(z) * rows, axis=1)
+        shape = (3, 4, 1) if transposed else (3, 1, 4)
+        draws = np.asarray(draw_uniform(KEY, [jnp.asarray(sums.reshape(shape))])[0]).reshape(4)
+    purity = 0.5 * (1 + sums.sum(axis=0) / np.abs(sums).sum(axis=0))
+    survives = np.where(purity > draws, sums > 0, sums < 0)
+    factors = np.where(survives, 1, np.broadcast_to(leak, 3)[:, None])
+    np.testing.assert_allclose(balanced.gradients["shared/kernel"], x.T @ (factors[:, None] * rows).sum(axis=0))
+    assert 0 < survives.sum() < survives.size
+
+
+@pytest.mark.parametrize("sharing", ["mmoe", "shared_bottom"])
+def test_graddrop_that_leaks_all_is_the_sum_at_the_representation(
+    world, sharing, three_task_schema, make_model, as_float64
+):
+    """In a whole step, which cuts its batch into rows."""
+    found = []
+    for balancer, chosen in ((graddrop(leak=1.0), {"scope": "representation"}), (equal(), {"head_gradient": "plain"})):
+        model = as_float64(make_model(three_task_schema, sharing, towers=()))
+        options, optimizer = BalancingOptions(**chosen), Optimizer(optax.identity(), learning_rate=1.0)
+        step, state = Step.of(
+            model, three_task_schema.tasks, key=KEY, balancer=balancer, options=options, optimizer=optimizer
+        )
+        found.append(jax.jit(step)(state, world(sharing).batch))
+    assert_equal(found[0][0].params, found[1][0].params)
+    np.testing.assert_allclose(found[0][1].numerator, found[1][1].numerator)
 
 
 def test_scopes_differ(world):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_jax.balancing import equal, pcgrad, uncertainty
+from mtl_jax.balancing import equal, fixed, mgda, ntkmtl, pcgrad, uncertainty
 from mtl_jax.data.batching import as_batch, epoch_order, take
 from mtl_jax.errors import ConfigError
 from mtl_jax.sharing import SharedBottom
@@ -400,3 +400,58 @@ def test_frozen_parameters_are_not_differentiated(rich_schema, make_step, make_r
 def test_wrong_options_are_refused(small_schema, make_step, options, message):
     with pytest.raises(ConfigError, match=message):
         make_step(small_schema, **options)
+
+
+@pytest.mark.parametrize("scope", ["representation", "encoder", "all"])
+@pytest.mark.usefixtures("quick_compilation")
+def test_weights_between_comparisons(small_schema, make_step, make_rows, scope):
+    """With parameters that stay, steps 0 and 2 find the weights of their batch, and 1 and 3 have those of before."""
+    rows, seen = as_batch(make_rows(small_schema, 32, observed=1.5)), {}
+    frozen = Optimizer(optax.set_to_zero(), learning_rate=1.0)
+    for every in (1, 2):
+        options = BalancingOptions(scope=scope, update_every=every)
+        step, state = make_step(small_schema, balancer=ntkmtl(), options=options, optimizer=frozen)
+        program, seen[every] = jax.jit(step), []
+        for start in range(0, 32, 8):
+            state, sums = program(state, take(rows, jnp.arange(start, start + 8)))
+            seen[every].append((sums.weight, sums.diagnostics["direction_norm"]))
+    fresh, kept = seen[1], seen[2]
+    assert len({float(weights[0]) for weights, _ in fresh}) == 4
+    for number in range(4):
+        weights, norm = kept[number]
+        np.testing.assert_allclose(weights, fresh[number - number % 2][0], rtol=1e-4)
+        np.testing.assert_allclose(norm, fresh[number - number % 2][1], rtol=1e-4)
+
+
+def test_weights_from_losses_are_not_kept(small_schema, make_step):
+    with pytest.raises(
+        ConfigError, match="update_every reuses the weights of 'Equal'; expected a method that compares"
+    ):
+        make_step(small_schema, options=BalancingOptions(update_every=2))
+    with pytest.raises(ConfigError, match="balancing.update_every is 0; expected a whole number"):
+        BalancingOptions(update_every=0)
+
+
+@pytest.mark.parametrize("scope", ["representation", "encoder", "all"])
+@pytest.mark.usefixtures("quick_compilation")
+def test_gradients_compared_on_some_rows(small_schema, make_step, make_rows, scope):
+    """Weights are those of a step on every third row; the gradient is that of fixed weights on all rows."""
+    rows = as_batch(make_rows(small_schema, 24, observed=1.5))
+    some = jax.tree.map(lambda column: column[::3], rows)
+
+    def one_step(balancer, rows, **options):
+        options = BalancingOptions(scope=scope, head_gradient="weighted", **options)
+        step, state = make_step(small_schema, balancer=balancer, options=options, sparse=False)
+        return jax.jit(step)(state, rows)
+
+    state, sums = one_step(ntkmtl(), rows, row_stride=3)
+    _, alone = one_step(ntkmtl(), some)
+    np.testing.assert_allclose(sums.weight, alone.weight, rtol=1e-4)
+    other, _ = one_step(fixed(weights=np.asarray(sums.weight)), rows)
+    assert_same(state._replace(balancer=()), other._replace(balancer=()), rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_left_out_of_comparisons_only(small_schema, make_step):
+    for options in ({"balancer": equal()}, {"balancer": mgda(), "micro_batches": 2}):
+        with pytest.raises(ConfigError, match="balancing.row_stride is 2 with .*; expected a method that compares"):
+            make_step(small_schema, options=BalancingOptions(row_stride=2), **options)

@@ -1,6 +1,6 @@
 """Many seeds of one model: on the run axis, by calls of fit in one process, and in processes of their own.
 
-    python benchmarks/vectorised_runs.py              # 1, 4, 8, 16 seeds of a small and of a medium model: about an hour
+    python benchmarks/vectorised_runs.py              # 1, 4, 8, 16 seeds of a small and of a medium model: 45 minutes
     python benchmarks/vectorised_runs.py --quick      # 1 and 4 seeds, shorter training: a few minutes on two cores
     python benchmarks/vectorised_runs.py --models small --seeds 1 16 --json OUT.json
 

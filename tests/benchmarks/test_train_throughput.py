@@ -189,6 +189,7 @@ def test_parts_of_the_benchmark_import_neither_jax_nor_polars():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_our_worker_writes_the_contract(arrays, tmp_path):
     np.savez(tmp_path / "data.npz", **arrays)
     command = [sys.executable, "benchmarks/train_throughput.py", "--worker", str(tmp_path / "data.npz")]

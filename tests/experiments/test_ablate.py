@@ -249,6 +249,7 @@ def test_where_every_run_fails_there_is_nothing_to_report(call, tmp_path):
     assert err.splitlines()[-1] == "2 of 2 runs failed; retry=true runs them again" and "RunFolderError" not in err
 
 
+@pytest.mark.slow
 def test_stopped_by_sigterm_the_same_command_goes_on(call, tmp_path):
     long = [override for override in SMALL if not override.startswith("trainer.epochs")]
     command = [*long, "trainer.epochs=30", "trainer.patience=0", "sharing=shared_bottom", "baseline=none", "name=long"]

@@ -48,6 +48,7 @@ def record(folder, table, hash_seed):
     return json.loads(result.read_text()), pl.read_parquet(result.with_name("history.parquet"))
 
 
+@pytest.mark.slow
 def test_processes_agree_to_the_last_digit(tmp_path, table):
     (one, curves), (other, other_curves) = (
         record(tmp_path / seed, table, seed) for seed in ("1", "20261124")

@@ -34,6 +34,7 @@ def frame():
     return made.with_columns(**has)
 
 
+@pytest.mark.slow
 def test_runs_from_a_text_file(frame, tmp_path):
     joined = frame.with_columns(pl.col("tags").list.join("|"))
     joined.write_csv(tmp_path / "kinds.csv", quote_style="non_numeric")  # "" is no tag, an empty field unobserved

@@ -33,6 +33,7 @@ def call(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_comma_list_makes_one_figure(tmp_path):
     """In a fresh process, as a user would; the option goes to the method that has it."""
     command = [sys.executable, "-m", "experiments.toy", "balancing=equal,famo,fixed", "balancing.weight_decay=0.5"]

@@ -95,6 +95,7 @@ def test_a_single_task_record_gives_delta_m(finished):
     assert "% against single task" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_the_undisturbed_one(finished, tmp_path):
     """kill -9 in the middle of an epoch, the same command again: bit for bit the same curves and parameters."""
     cwd, _ = finished

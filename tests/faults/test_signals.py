@@ -69,6 +69,7 @@ def record(cwd):
     return content
 
 
+@pytest.mark.slow
 def test_interrupted_twice_a_run_ends_as_if_undisturbed(tmp_path):
     """SIGTERM, then Ctrl-C, each after a checkpoint of its own life; meanwhile the folder admits nobody else."""
     cwd, whole = tmp_path / "interrupted", tmp_path / "whole"

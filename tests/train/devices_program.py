@@ -32,7 +32,7 @@ ROWS, STEPS = 48, 4
 PLACES = [("jit", 1), ("jit", 2), ("jit", 8), ("pmap", 2), ("pmap", 8)]
 FEW_PLACES = [("jit", 1), ("jit", 8), ("pmap", 8)]
 # One of each way in which a step meets a balancer, for a test that does not wait for all of them.
-SOME = ("db_mtl", "equal", "famo", "fixed", "graddrop", "modo", "nash_mtl", "pcgrad", "samo", "uncertainty")
+SOME = ("equal", "famo", "graddrop", "modo", "nash_mtl", "samo")
 # More options than the defaults: values that have none, and what three tasks allow.
 OPTIONS = {"fixed": {"weights": [1.0, 0.5, 2.0]}, "krum": {"num_byzantine": 0}}
 CONF = pathlib.Path(mtl_jax.__file__).parents[1] / "conf" / "balancing"

@@ -364,7 +364,7 @@ def test_each_task_stops_by_its_own_monitor(train):
         assert len(after) == 2 and max(after) <= sign * chosen["value"], "two evaluations without a better one"
 
 
-@pytest.mark.parametrize("at", [5, 14])
+@pytest.mark.parametrize("at", [5, pytest.param(14, marks=pytest.mark.slow)])
 def test_staged_runs_resume(tmp_path, train, at):
     """Interrupted in the joint stage, or in the second one: the same bits at the end."""
     options = {"training": "staged", "epochs": 2, "average": 0.9}

@@ -42,7 +42,7 @@ def test_of_one_part_it_is_ntkmtl(step_of, rows):
     np.testing.assert_allclose(sums.diagnostics["direction_norm"], other_sums.diagnostics["direction_norm"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("sharing", ["mmoe", "shared_bottom"])
+@pytest.mark.parametrize("sharing", ["mmoe", pytest.param("shared_bottom", marks=pytest.mark.slow)])
 def test_the_fastest_part_of_each_task_decides(step_of, rows, sharing):
     """The kernel of a part is that of ntkmtl on the rows of this part alone."""
     _, sums = step_of(ntkmtl_sr(num_micro=4), rows, sharing)

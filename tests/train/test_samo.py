@@ -73,10 +73,8 @@ def test_every_task_goes_its_own_way_up(plane):
 def test_the_mixture_of_the_two_directions(plane):
     problem = plane()
     mean = slopes(problem)[0].mean(axis=0)
-    for beta in (0.0, 0.3):
-        for own, found in zip(directions(problem, beta=1.0), directions(problem, beta=beta), strict=True):
-            expected = (1 - beta) * mean + beta * np.linalg.norm(mean) * own
-            np.testing.assert_allclose(found, unit(expected), rtol=1e-7)
+    for own, found in zip(directions(problem, beta=1.0), directions(problem, beta=0.3), strict=True):
+        np.testing.assert_allclose(found, unit(0.7 * mean + 0.3 * np.linalg.norm(mean) * own), rtol=1e-7)
 
 
 def test_parts_of_a_step_add_up(plane):

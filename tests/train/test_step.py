@@ -15,7 +15,6 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.sharing import SharedBottom
 from mtl_jax.tasks import Task
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, Step, compile_step
-from mtl_jax.train.gradients import SCOPES
 from mtl_jax.train.loop import run_steps
 from mtl_jax.train.parallel import Devices
 
@@ -244,10 +243,14 @@ def test_unknown_compilation_is_refused():
 @pytest.mark.parametrize(
     ("balancer", "options"),
     [
-        pytest.param(equal(), {}, id="losses"),
+        pytest.param(equal(), {}, id="losses", marks=pytest.mark.slow),
         pytest.param(uncertainty(), {}, id="weights from losses"),
-        pytest.param(equal(), {"head_gradient": "plain"}, id="plain heads"),
-        *(pytest.param(pcgrad(), {"scope": scope}, id=scope) for scope in SCOPES),
+        pytest.param(equal(), {"head_gradient": "plain"}, id="plain heads", marks=pytest.mark.slow),
+        *(pytest.param(pcgrad(), {"scope": scope}, id=scope) for scope in ("representation", "all")),
+        *(
+            pytest.param(pcgrad(), {"scope": scope}, id=scope, marks=pytest.mark.slow)
+            for scope in ("encoder", "shared")
+        ),
     ],
 )
 @pytest.mark.usefixtures("quick_compilation")

@@ -249,6 +249,7 @@ def test_functional_views_of_models_that_differ_in_numbers_are_equal(member):
     assert jax.tree.structure(member().balancer) == jax.tree.structure(member(weights=(3.0, 4.0)).balancer)
 
 
+@pytest.mark.slow
 def test_the_run_axis_shards_over_devices(tmp_path):
     """Five members on four devices, whose eight places are filled up: the parameters and stops of one device.
 

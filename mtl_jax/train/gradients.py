@@ -1,7 +1,6 @@
-"""Balanced gradients: the only place that differentiates.
+"""Balanced gradients of a model that is cut in two (see :mod:`mtl_jax.train.cut_model`).
 
-The model is cut in two: ``common`` goes from shared parameters and tables to the cut, one ``head`` a task from the cut
-to its loss. Gradients of all tasks at the cut take one backward pass per head over its own graph; what lies below the
+Gradients of all tasks at the cut take one backward pass per head over its own graph; what lies below the
 cut is pulled back once, with the weights already applied.
 """
 

@@ -164,9 +164,10 @@ class Forum(Balancer):
 
         def judged(params):
             losses = model.losses(*params, held_out)
-            return losses.loss, losses.denominator > 0
+            return losses.loss, losses.denominator
 
-        _, pull, judges = jax.vjp(judged, model.params, has_aux=True)
+        _, pull, labels = jax.vjp(judged, model.params, has_aux=True)
+        judges = model.total(labels) > 0  # of all devices
         _, push = jax.linearize(lambda params: judged(params)[0], model.params)
 
         def compare(one):

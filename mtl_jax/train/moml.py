@@ -114,9 +114,10 @@ class Moml(Balancer):
 
         def judged(params):
             losses = model.losses(*params, held_out)
-            return losses.loss, losses.denominator > 0
+            return losses.loss, losses.denominator
 
-        _, pull_held_out, judges = jax.vjp(judged, ahead, has_aux=True)
+        _, pull_held_out, labels = jax.vjp(judged, ahead, has_aux=True)
+        judges = model.total(labels) > 0  # of all devices
         _, slopes_along = jax.linearize(lambda params: model.losses(*params, train).loss, model.params)
         one_by_one = jnp.eye(len(model.heads), dtype=losses.loss.dtype)
         products = jax.lax.map(lambda task: model.total(slopes_along(model.total(pull_held_out(task)[0]))), one_by_one)

@@ -14,7 +14,7 @@ import yaml
 from flax import nnx
 
 import mtl_jax
-from mtl_jax.balancing import equal, pcgrad
+from mtl_jax.balancing import equal, graddrop, pcgrad
 from mtl_jax.config import build
 from mtl_jax.data.batching import as_batch
 from mtl_jax.data.dataset import Encoded, TrainingData
@@ -33,8 +33,8 @@ PLACES = [("jit", 1), ("jit", 2), ("jit", 8), ("pmap", 2), ("pmap", 8)]
 FEW_PLACES = [("jit", 1), ("jit", 8), ("pmap", 8)]
 # One of each way in which a step meets a balancer, for a test that does not wait for all of them.
 SOME = ("equal", "famo", "graddrop", "modo", "nash_mtl", "samo")
-# More options than the defaults: values that have none, and what three tasks allow.
-OPTIONS = {"fixed": {"weights": [1.0, 0.5, 2.0]}, "krum": {"num_byzantine": 0}}
+# Values that have no default, what three tasks allow, and parts that the rows of a device divide into.
+OPTIONS = {"fixed": {"weights": [1.0, 0.5, 2.0]}, "krum": {"num_byzantine": 0}, "ntkmtl_sr": {"num_micro": 3}}
 CONF = pathlib.Path(mtl_jax.__file__).parents[1] / "conf" / "balancing"
 SCHEMA = Schema(
     (Categorical("user", "user"), Numeric("price")),
@@ -63,7 +63,10 @@ def cases(wanted):
     for name in wanted:
         text = (CONF / f"{name}.yaml").read_text()
         node = {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}
-        yield name, {"balancer": build(node | OPTIONS.get(name, {}))}
+        scope = BalancingOptions(scope=node.pop("scope", "encoder"))
+        yield name, {"balancer": build(node | OPTIONS.get(name, {})), "options": scope}
+    units = BalancingOptions(scope="representation")
+    yield "masks of units", {"balancer": graddrop(leak=0.5), "options": units}
     yield "scope all", {"balancer": pcgrad(), "options": BalancingOptions(scope="all"), "average": 0.5}
     weighted = BalancingOptions(scope="representation", head_gradient="weighted")
     yield "weighted heads", {"balancer": pcgrad(), "options": weighted}

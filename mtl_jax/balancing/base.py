@@ -212,7 +212,7 @@ def weigh(
         gramian = jax.lax.stop_gradient(only_active(gramian, active))
         finite &= jnp.all(jnp.isfinite(gramian))
         if balancer.needs == "gramian":
-            null = _null_rows(balancer, balancer.squared_norms(gramian), active)
+            null = null_rows(balancer, balancer.squared_norms(gramian), active)
             gramian = only_active(gramian, ~null & finite)
     # A step with a non-finite entry is one without tasks: no method has to cope with NaN.
     usable = active & ~null & finite
@@ -238,7 +238,7 @@ def combine(
     jacobian = jax.lax.stop_gradient(only_active_rows(jacobian, active))
     squares = squared_row_norms(jacobian)
     finite = jnp.all(jnp.isfinite(losses)) & jnp.all(jnp.isfinite(squares))
-    null = _null_rows(balancer, squares, active)
+    null = null_rows(balancer, squares, active)
     usable = active & ~null & finite
     direction, new_state = balancer.combine(
         only_active_rows(jacobian, usable), jnp.where(usable, losses, 0), state, key, active=usable
@@ -353,7 +353,10 @@ def _num_tasks(balancer, jacobian):
     return num_rows(jax.tree.map(lambda leaf: leaf[0], jacobian))
 
 
-def _null_rows(balancer, squared_norms, active):
+def null_rows(
+    balancer: Balancer, squared_norms: Float[Array, " task"], active: Bool[Array, " task"]
+) -> Bool[Array, " task"]:
+    """Active tasks whose gradient is too short to have a direction."""
     if balancer.robust:
         usual = jnp.nan_to_num(jnp.nanmedian(jnp.where(active, squared_norms, jnp.nan)))
     else:

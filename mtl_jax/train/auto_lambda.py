@@ -14,7 +14,7 @@ from mtl_jax.balancing.learnable import Learnable, adam_step, learnable
 from mtl_jax.balancing.options import checked
 from mtl_jax.errors import ConfigError
 from mtl_jax.train.cut_model import CutModel
-from mtl_jax.train.gradients import Balanced, BalancingOptions, TaskGradients, by_weights, weighted_sum
+from mtl_jax.train.gradients import Balanced, BalancingOptions, by_weights, task_gradients, weighted_sum
 
 
 def auto_lambda(
@@ -127,8 +127,7 @@ class AutoLambda(Balancer):
         learning_rate: Callable[[str], Any],
     ) -> Balanced:
         train, held_out = model.batch(0), model.batch(1)
-        losses, own, jacobian, pull = model.at_cut(train)
-        found = TaskGradients(*model.total((losses, own)), jacobian, pull)
+        found = task_gradients(model, train)
         active = found.losses.denominator > 0
         weights, _ = self.weigh(None, found.losses.loss, state, None, active=active)
         rate = learning_rate if self.inner_lr is None else lambda path: self.inner_lr

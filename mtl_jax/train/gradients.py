@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from mtl_jax.arguments import check_count
 from mtl_jax.balancing import Balancer
-from mtl_jax.balancing.base import combine, weigh
+from mtl_jax.balancing.base import combine, null_rows, weigh
 from mtl_jax.balancing.rows import combine_rows, gramian
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
@@ -353,6 +353,8 @@ def _unit_by_unit(model: CutModel, balancer, state, key, options) -> Balanced:
     losses, own, signed, products = model.total((losses, own, signed, gramian(jacobian)))
     active = losses.denominator > 0
     finite = jnp.all(jnp.isfinite(products)) & jnp.all(jnp.isfinite(losses.loss))
+    null = null_rows(balancer, jnp.diagonal(products), active)
+    active &= ~null
     factors = balancer.unit_factors(signed, key, active=active)
     direction = [jnp.sum(factor[:, None] * leaf, axis=0) for factor, leaf in zip(factors, jacobian, strict=True)]
     plain = combine_rows(active.astype(jnp.float32), jacobian)
@@ -361,7 +363,7 @@ def _unit_by_unit(model: CutModel, balancer, state, key, options) -> Balanced:
     )
     factor = length_factor(options, balancer, squared_norm, squared_sum, active)
     outside = active.astype(losses.loss.dtype)
-    info = {"null_rows": jnp.zeros((), jnp.int32), "nonfinite": ~finite, "negative_weights": jnp.zeros((), jnp.int32)}
+    info = {"null_rows": jnp.sum(null), "nonfinite": ~finite, "negative_weights": jnp.sum(outside < 0)}
     info |= told(products, active, factor * factor * squared_norm, squared_sum, factor * inner)
     found = TaskGradients(losses, own, jacobian, pull)
     below, own = weighted_sum(model, found, outside, outside if options.weighted_heads(balancer) else None)
@@ -384,6 +386,12 @@ class TaskGradients(NamedTuple):
     own: dict[str, dict[str, Array]]
     jacobian: PyTree[Float[Array, "task ..."]]
     pull: Callable[[PyTree], dict[str, Array]] | None = None
+
+
+def task_gradients(model: CutModel, part: Any) -> TaskGradients:
+    """Of all devices, in the rows of one part."""
+    losses, own, jacobian, pull = model.at_cut(part)
+    return TaskGradients(*model.total((losses, own)), jacobian, pull)
 
 
 def by_weights(

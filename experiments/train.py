@@ -6,8 +6,10 @@ from omegaconf import DictConfig
 
 from experiments.cli import command_line, in_plain_words
 from experiments.signals import StopRequest
+from mtl_jax.config import plain
 from mtl_jax.cross_validate import cross_validate
-from mtl_jax.run import run
+from mtl_jax.errors import ConfigError
+from mtl_jax.run import run, summarise
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
@@ -20,10 +22,16 @@ def main(config: DictConfig, should_stop: StopRequest) -> None:
         "folder": job.runtime.output_dir if own_folder else None,
         "should_stop": should_stop,
     }
-    if config.folds is None:
-        run(config, overrides=job.overrides.task, **shared)
+    settings = plain(config)
+    summary = settings.pop("summary")
+    if not isinstance(summary, bool):
+        raise ConfigError(f"summary is {summary!r}; expected true or false. Change it")
+    if summary:
+        summarise(settings)
+    elif settings["folds"] is None:
+        run(settings, overrides=job.overrides.task, **shared)
     else:
-        cross_validate(config, **shared)
+        cross_validate(settings, **shared)
 
 
 if __name__ == "__main__":

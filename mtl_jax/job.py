@@ -166,6 +166,7 @@ def _evaluated(
     outputs = result.predict(rows)
     values, support = metrics.evaluate(tasks, outputs, rows)
     slices = metrics.evaluate_slices(tasks, outputs, rows, dataset.schema.domains)
+    gates = result.gate_use(rows, dataset.schema.domains)
     device = jax.devices()[0]
     memory = device.memory_stats() or {}
     peak = memory.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -177,7 +178,7 @@ def _evaluated(
         "params": result.params,
         "monitor": result.monitor,
         "timing": result.timing | {"peak_memory_bytes": int(peak), "started": started},
-        "diagnostics": result.diagnostics,
+        "diagnostics": result.diagnostics | ({"gate_use": gates} if gates else {}),
         "test_openings": openings,
         "flags": {
             "transductive": False,

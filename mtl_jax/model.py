@@ -9,14 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema
+from mtl_jax.data.schema import Categorical, Feature, MultiHot, Numeric, Schema, Sequence
 from mtl_jax.errors import ConfigError, SchemaError
-from mtl_jax.nn import Context, Cutpoints, Dispersion, Encoder, Lookup, Table, Tower, stream
+from mtl_jax.nn import Context, Cutpoints, Dispersion, Encoder, Lookup, Mean, Table, Tower, stream
 from mtl_jax.sharing import SharedBottom
 from mtl_jax.tasks import Task
 
 OUTPUTS = "outputs"
 """Where the parameters of a task's loss lie, beside its tower."""
+ENCODING = ("encoder", "histories")
+"""Where the layers lie that make the strategy's input, beside the tables."""
+RESERVED = ("task", "aux", "tables")
+"""Parts of paths that labels are read from."""
 
 
 class Inputs(NamedTuple):
@@ -43,6 +47,8 @@ class MultiTaskModel(nnx.Module):
     Args:
       schema: A fitted schema.
       encoder: ``(num_lookups, num_dense, *, rngs) -> module`` with ``embedding_dim``, ``stddev``, ``out_features``.
+      history: ``(width, max_len, *, rngs) -> module``, once per sequence feature: what becomes of its items. A module with
+        ``needs_target`` also reads the first categorical feature of the same vocabulary.
       sharing: ``(in_features, tasks, *, rngs) -> Strategy``.
       towers: ``(in_features, out_features, *, rngs) -> module``, once per task; with ``use_bias=False`` for ordinal ones.
       link: None. The place of what will tie tasks together at their logits (ESMM and its like); there is none yet.
@@ -50,7 +56,8 @@ class MultiTaskModel(nnx.Module):
         private tables whatever the other tasks are.
 
     Raises:
-      SchemaError: There is no feature, or a name of a task or vocabulary has a slash.
+      SchemaError: There is no feature, a name of a task or vocabulary has a slash, or a task has a name that paths of
+        parameters need.
 
     Labels: ``tables`` are ``embedding``; under ``task/<name>`` (towers, parameters of its loss, private tables, a
     strategy's own parts) that task's; the rest ``shared``.
@@ -74,6 +81,7 @@ class MultiTaskModel(nnx.Module):
         schema: Schema,
         *,
         encoder: Callable[..., nnx.Module] = Encoder,
+        history: Callable[..., nnx.Module] = Mean,
         sharing: Callable[..., nnx.Module] = SharedBottom,
         towers: Callable[..., nnx.Module] = Tower,
         link: None = None,
@@ -85,16 +93,20 @@ class MultiTaskModel(nnx.Module):
         key = rngs.params()
         self.features = tuple(f for f in schema.features if not isinstance(f, Numeric))
         self.task_names = schema.task_names
-        self.encoder = encoder(len(self.features), len(schema.dense_names), rngs=_rngs(key, "encoder"))
-        self.sharing = sharing(self.encoder.out_features, self.task_names, rngs=_rngs(key, "sharing"))
+
+        def encoded(owner: str) -> nnx.Module:
+            return encoder(len(self.features), len(schema.dense_names), rngs=_rngs(key, f"{owner}encoder"))
+
+        shared_encoder = encoded("")
+        self.sharing = sharing(shared_encoder.out_features, self.task_names, rngs=_rngs(key, "sharing"))
 
         def tables(owner: str) -> nnx.Dict:
             return nnx.Dict(
                 {
                     vocabulary.name: Table(
                         vocabulary.size,
-                        self.encoder.embedding_dim,
-                        stddev=self.encoder.stddev,
+                        shared_encoder.embedding_dim,
+                        stddev=shared_encoder.stddev,
                         rngs=_rngs(key, f"{owner}/tables/{vocabulary.name}"),
                     )
                     for vocabulary in schema.vocabularies
@@ -107,16 +119,32 @@ class MultiTaskModel(nnx.Module):
             return towers(self.sharing.out_features, task.width, **options, rngs=_rngs(key, f"{task.name}/tower"))
 
         private = self.sharing.private_tables
-        if not private:
-            self.tables = tables("shared")
-        self.task = nnx.Dict(
-            {
-                task.name: nnx.Dict(
-                    {"tower": tower(task)} | _loss_parameters(task) | ({"tables": tables(task.name)} if private else {})
-                )
-                for task in schema.tasks
+
+        def histories(owner: str) -> nnx.Dict:
+            found = {
+                f.name: history(shared_encoder.embedding_dim, f.max_len, rngs=_rngs(key, f"{owner}histories/{f.name}"))
+                for f in self.features
+                if isinstance(f, Sequence)
             }
-        )
+            for name, module in found.items():
+                if module.needs_target and self._target(name) is None:
+                    raise SchemaError(
+                        f"'{type(module).__name__}' of sequence '{name}' compares its items with a categorical feature of "
+                        "the same vocabulary; expected one. Add it, or choose another history"
+                    )
+            return nnx.Dict(found)
+
+        if not private:
+            self.tables, self.encoder, self.histories = tables("shared"), shared_encoder, histories("")
+
+        def own(task: Task) -> nnx.Dict:
+            inputs = {}
+            if private:
+                names = tables(task.name), encoded(f"{task.name}/"), histories(f"{task.name}/")
+                inputs = dict(zip(("tables", "encoder", "histories"), names, strict=True))
+            return nnx.Dict({"tower": tower(task)} | _loss_parameters(task) | inputs)
+
+        self.task = nnx.Dict({task.name: own(task) for task in schema.tasks})
 
     def inputs(self, batch: Mapping[str, Any]) -> Inputs:
         """Pairs features with the arrays of a batch. Padding is recognised here (id 0), so ids may be renumbered after."""
@@ -136,17 +164,43 @@ class MultiTaskModel(nnx.Module):
     def common(self, inputs: Inputs, context: Context = Context()) -> Any:
         """The cut: everything that the heads read from tables, encoder and shared parameters."""
         context = context._replace(domain=inputs.domain, weight=inputs.weight)
-        sets = [self.task[name].tables for name in self.task_names] if self.sharing.private_tables else [self.tables]
+        return self.sharing.common(self._encoded(inputs, context), context.stream("sharing"))
+
+    def gates(self, batch: Mapping[str, Any]) -> dict[str, Float[Array, "..."]]:
+        """What the strategy's gates, masks and stitches weigh for a batch (see :meth:`mtl_jax.sharing.Strategy.gates`)."""
+        inputs = self.inputs(batch)
+        context = Context(domain=inputs.domain, weight=inputs.weight)
+        return self.sharing.gates(self._encoded(inputs, context), context)
+
+    def _encoded(self, inputs: Inputs, context: Context) -> Float[Array, "batch *task in"]:
+        """The strategy's input."""
+        owners = [self.task[name] for name in self.task_names] if self.sharing.private_tables else [self]
         encoded = [
-            self.encoder(
-                [inputs.lookups[f.name](tables[f.vocabulary].rows[...]) for f in self.features],
+            owner.encoder(
+                [self._value(f, owner, inputs, context) for f in self.features],
                 inputs.dense,
                 context.stream("encoder"),
             )
-            for tables in sets
+            for owner in owners
         ]
-        x = jnp.stack(encoded, axis=1) if self.sharing.private_tables else encoded[0]
-        return self.sharing.common(x, context.stream("sharing"))
+        return jnp.stack(encoded, axis=1) if self.sharing.private_tables else encoded[0]
+
+    def _value(self, feature: Feature, owner: Any, inputs: Inputs, context: Context) -> Float[Array, "batch width"]:
+        """What a feature reads from the tables of an owner: the model, or a task with tables of its own."""
+        rows, lookup = owner.tables[feature.vocabulary].rows[...], inputs.lookups[feature.name]
+        if not isinstance(feature, Sequence):
+            return lookup(rows)
+        history, target = owner.histories[feature.name], None
+        if history.needs_target:
+            target = inputs.lookups[self._target(feature.name)](rows)
+        context = context.stream(f"history/{feature.name}")
+        return history(lookup.items(rows), lookup.weight, target, context)
+
+    def _target(self, sequence: str) -> str | None:
+        """The categorical feature that says which item is scored."""
+        (vocabulary,) = (f.vocabulary for f in self.features if f.name == sequence)
+        found = (f.name for f in self.features if isinstance(f, Categorical) and f.vocabulary == vocabulary)
+        return next(found, None)
 
     def head(self, task: str, common: Any, context: Context = Context()) -> Float[Array, "batch *out"]:
         """Outputs of one task, from the cut: those of its tower, then what the parameters of its loss make of them."""
@@ -174,6 +228,8 @@ def _check(schema: Schema) -> None:
     slashed = [name for name in (*schema.task_names, *(v.name for v in schema.vocabularies)) if "/" in name]
     if slashed:  # paths of parameters are joined by slashes, and labels are read from them
         raise SchemaError(f"tasks or vocabularies {slashed} have a '/'; expected names without it. Rename them")
+    if taken := [name for name in schema.task_names if name in RESERVED]:
+        raise SchemaError(f"tasks {taken} have names that labels are read from; expected others. Rename them")
 
 
 def _rngs(key: jax.Array, name: str) -> nnx.Rngs:
@@ -196,6 +252,13 @@ def is_table(path: str) -> bool:
     """Whether the path is an embedding table, shared or private."""
     parts = path.split("/")
     return len(parts) >= 3 and parts[-3] == "tables" and parts[-1] == "rows"
+
+
+@functools.cache
+def of_encoder(path: str) -> bool:
+    """Whether the path is in an encoder or a history, the shared ones or a task's."""
+    parts = path.split("/")
+    return parts[0] in ENCODING or (len(parts) > 3 and parts[0] == "task" and parts[2] in ENCODING)
 
 
 @functools.cache

@@ -8,14 +8,17 @@ from typing import Any
 from rich.console import Console
 
 from mtl_jax.config import plain
+from mtl_jax.data.batching import as_batch
 from mtl_jax.errors import ConfigError, Interrupted, MtlJaxError
 from mtl_jax.job import Job, Shared, name_of
 from mtl_jax.report.find import single_task_command, single_task_reference
 from mtl_jax.report.folder import RunFolder
+from mtl_jax.report.gates import plot_gates
 from mtl_jax.report.plot import plot_run
 from mtl_jax.report.terminal import print_result
 from mtl_jax.report.warned import warnings_kept
 from mtl_jax.run_config import WATCH_KEYS, build_model, build_parts, check_config
+from mtl_jax.summary import print_summary
 from mtl_jax.train import fit
 from mtl_jax.watch import observe
 
@@ -73,9 +76,21 @@ def run(
         if record["method"]["sharing"] == "single_task":
             reference = None
         plot_run(record, home.read_history(), home.path / "result.png", reference=reference)
+        plot_gates(record, home.path / "gates.png")
         command = single_task_command(record, list(overrides))
         print_result(record, console, reference=reference, reference_command=command, folder=home.path)
     return record
+
+
+def summarise(config: Any, console: Console | None = None) -> None:
+    """Prints the model of a configuration for its data; nothing is trained or written."""
+    config = plain(config)
+    check_config(config)
+    build_parts(config)
+    shared = Shared()
+    dataset = shared.dataset(config)
+    console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    print_summary(build_model(config, dataset), as_batch(shared.training(dataset).valid), console)
 
 
 def _finish(job: Job, parts: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From a configuration to checked parts: everything of a run that needs no data, and the model that needs its schema."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ from mtl_jax.balancing import Balancer
 from mtl_jax.config import arguments_of, build, check_keys, check_sections
 from mtl_jax.data.dataset import Dataset
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import MultiTaskModel
-from mtl_jax.sharing import Strategy
+from mtl_jax.model import MultiTaskModel, is_table
+from mtl_jax.sharing import Strategy, match_parameters
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, fit
 from mtl_jax.train.parallel import Devices
 from mtl_jax.train.stages import check_training
@@ -22,16 +23,16 @@ from mtl_jax.watch import OPTIONS as WATCH_KEYS
 from mtl_jax.watch import check_options
 
 KEYS = (
-    "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "towers", "training",
-    "seed", "folds", "allow", "output_dir",
+    "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "history", "towers",
+    "training", "match_parameters", "seed", "folds", "allow", "output_dir",
 )  # fmt: skip
 TRAINER_KEYS = (
     "epochs", "batch_size", "patience", "monitor", "tables", "steps_per_call", "checkpoint_seconds",
     "micro_batches", "precision", "average", "order_seed", *WATCH_KEYS,
 )  # fmt: skip
 PARALLEL_KEYS = ("strategy", "devices")
-NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "towers")
-MODEL_PARTS = {"encoder": nnx.Module, "sharing": Strategy, "towers": nnx.Module}
+NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "history", "towers")
+MODEL_PARTS = {"encoder": nnx.Module, "history": nnx.Module, "sharing": Strategy, "towers": nnx.Module}
 MAX_SEED = 2**32 - 1
 OPTION_KEYS = tuple(field.name for field in dataclasses.fields(BalancingOptions))
 
@@ -54,6 +55,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_arguments(fit, config["parallel"], place="parallel", names={"strategy": "parallel"})
     devices_of(config)
     check_training(config["training"])
+    if config["match_parameters"] is not None:
+        check_count(config["match_parameters"], "match_parameters", most=2**31)
     check_count(config["seed"], "seed", least=0, most=MAX_SEED)
     if not isinstance(config["output_dir"], str) or not config["output_dir"] or "\0" in config["output_dir"]:
         raise ConfigError(f"output_dir is {shown(config['output_dir'])}; expected the path of a folder. Change it")
@@ -86,6 +89,19 @@ def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
 def build_model(config: Mapping[str, Any], dataset: Dataset) -> MultiTaskModel:
     """The model that a configuration describes, for a data set; its seed gives the initial values."""
     parts = {name: build(config[name], allow=config["allow"], place=name) for name in MODEL_PARTS}
+    if (target := config["match_parameters"]) is not None:
+
+        def count(sharing: functools.partial) -> int:
+            """Parameters of the whole model without its tables."""
+            model = nnx.eval_shape(
+                lambda: MultiTaskModel(dataset.schema, **parts | {"sharing": sharing}, rngs=nnx.Rngs(0))
+            )
+            sizes = {
+                "/".join(map(str, path)): leaf.size for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+            }
+            return sum(size for path, size in sizes.items() if not is_table(path))
+
+        parts["sharing"] = match_parameters(parts["sharing"], target, count)
     return MultiTaskModel(dataset.schema, **parts, rngs=nnx.Rngs(config["seed"]))
 
 

@@ -718,8 +718,12 @@ CONFIGURATIONS = [
             {f"{node}.surplus": 1},
             f"{node} has option 'surplus' … expected one of … Remove",
         )
-        for node in ("sharing", "balancing", "optimizer", "objective", "encoder", "towers")
+        for node in ("sharing", "balancing", "optimizer", "objective", "encoder", "history", "towers")
     ),
+    Row("a size that is text", {"match_parameters": "big"}, "match_parameters is 'big' … expected a whole … Change"),
+    Row("a size of 0", {"match_parameters": 0}, "match_parameters is 0 … expected a whole number from 1 … Change"),
+    Row("a size below any width", {"match_parameters": 7}, "parameters at the widths … expected at most 1% … Ask for"),
+    Row("no history", {"history": None}, "history is None … expected .* Put"),
     Row("an unknown option of the data", {"data.rows": 1}, "'rows' … expected one of … Choose", "SchemaError"),
     Row("a seed that is text", {"seed": "one"}, "seed is 'one' … expected a whole number … Change it"),
     Row("a negative seed", {"seed": -1}, "seed is -1 … expected a whole number from 0 … Change it"),

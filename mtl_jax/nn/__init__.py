@@ -1,27 +1,40 @@
-"""Layers: tables, encoder, MLP, experts, gate, tower, parameters of losses. Flax NNX modules without random state."""
+"""Layers, from tables to towers: Flax NNX modules without random state."""
 
 from mtl_jax.nn.context import Context, stream
+from mtl_jax.nn.cross_encoder import CrossEncoder
 from mtl_jax.nn.embedding import Lookup, Table
 from mtl_jax.nn.encoder import Encoder
 from mtl_jax.nn.experts import Experts, StackedLinear
-from mtl_jax.nn.gate import Gate
+from mtl_jax.nn.fm_encoder import FMEncoder
+from mtl_jax.nn.gate import Gate, mix
+from mtl_jax.nn.gru import GRU
+from mtl_jax.nn.mean import Mean
 from mtl_jax.nn.mlp import MLP, Linear, dropout
 from mtl_jax.nn.outputs import Cutpoints, Dispersion
+from mtl_jax.nn.target_attention import TargetAttention
 from mtl_jax.nn.tower import Tower
+from mtl_jax.nn.transformer import Transformer
 
 __all__ = [
+    "GRU",
     "MLP",
     "Context",
+    "CrossEncoder",
     "Cutpoints",
     "Dispersion",
     "Encoder",
     "Experts",
+    "FMEncoder",
     "Gate",
     "Linear",
     "Lookup",
+    "Mean",
     "StackedLinear",
     "Table",
+    "TargetAttention",
     "Tower",
+    "Transformer",
     "dropout",
+    "mix",
     "stream",
 ]

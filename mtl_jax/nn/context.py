@@ -16,7 +16,8 @@ class Context(NamedTuple):
       prior: Embeddings that only gates read.
       weight: Row weights; 0 on padding rows, which keeps them out of statistics.
       step: Number of finished updates; drives schedules.
-      rngs: Key of this step; required when ``train`` and something random is on.
+      rngs: Key of this step and of the rows of this device; required when ``train`` and something random is on.
+      step_rngs: Key of this step that is the same for all rows on all devices.
     """
 
     train: bool = False
@@ -25,10 +26,29 @@ class Context(NamedTuple):
     weight: Float[Array, " batch"] | None = None
     step: Int[Array, ""] | None = None
     rngs: PRNGKeyArray | None = None
+    step_rngs: PRNGKeyArray | None = None
 
     def stream(self, name: str) -> "Context":
-        """The same context with an independent key, derived from the name and not from the order of calls."""
-        return self if self.rngs is None else self._replace(rngs=stream(self.rngs, name))
+        """The same context with independent keys, derived from the name and not from the order of calls."""
+
+        def derived(key):
+            return None if key is None else stream(key, name)
+
+        return self._replace(rngs=derived(self.rngs), step_rngs=derived(self.step_rngs))
+
+    @property
+    def draws(self) -> PRNGKeyArray | None:
+        """Key of what is drawn once a step, for all rows alike; None in evaluation.
+
+        Raises:
+          ValueError: There is none in training.
+        """
+        if not self.train:
+            return None
+        key = self.rngs if self.step_rngs is None else self.step_rngs
+        if key is None:
+            raise ValueError("what is drawn in training needs a key; pass Context(train=True, rngs=key)")
+        return key
 
 
 def stream(key: PRNGKeyArray, name: str) -> PRNGKeyArray:

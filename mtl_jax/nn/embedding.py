@@ -27,9 +27,13 @@ class Lookup(NamedTuple):
     ids: Int[Array, "batch *length"]
     weight: Float[Array, "batch length"] | None = None
 
+    def items(self, rows: Float[Array, "row width"]) -> Float[Array, "batch *length width"]:
+        """The rows, one by one."""
+        return rows[self.ids]
+
     def __call__(self, rows: Float[Array, "row width"]) -> Float[Array, "batch width"]:
         """Reads the rows; a set without members reads 0."""
-        values = rows[self.ids]
+        values = self.items(rows)
         if self.weight is None:
             return values
         total = jnp.maximum(self.weight.sum(axis=-1, keepdims=True), 1e-12)

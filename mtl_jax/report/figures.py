@@ -5,8 +5,7 @@ drawn are numbers of the comparison; none is computed here.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,6 +17,8 @@ from mtl_jax.report.rows import Comparison, Row
 from mtl_jax.report.statistics import Difference, Summary
 
 ROW_HEIGHT = 40
+MOST_TEXTS = 16
+"""Columns of a heat map up to which its cells say their number."""
 BETTER, NOISE, WORSE = "better", "within noise", "worse"
 # Told apart by shape as well.
 VERDICTS = {BETTER: ("#0072B2", "triangle-right"), NOISE: ("#8A8A8A", "circle"), WORSE: ("#D55E00", "triangle-left")}
@@ -99,28 +100,28 @@ def heat_maps(comparison: Comparison) -> go.Figure | str:
 
 
 def gate_use(ablation: Ablation, comparison: Comparison) -> go.Figure | str:
-    """Mean share of every expert in every gate over the seeds, a menu for the arm.
+    """Mean weight of every member (an expert, a task's network, a unit) in every gate over the seeds, a menu for the arm.
 
-    Read from ``diagnostics.gate_use`` of the records: lists of numbers, one an expert, under any nesting of names.
+    Read from ``diagnostics.gate_use`` of the records.
     """
     figure, choices = go.Figure(), {}
     for row in comparison.rows:
-        found: dict[str, list[list[float]]] = {}
+        found: dict[str, dict[str, list[float]]] = {}
         for run_id in row.run_ids:
-            for gate, shares in _gates(ablation.records[run_id].get("diagnostics", {}).get("gate_use")):
-                found.setdefault(gate, []).append(shares)
-        # Seeds with another number of experts in a gate have no mean.
-        means = {gate: np.mean(runs, axis=0) for gate, runs in found.items() if len({len(run) for run in runs}) == 1}
-        if not means:
+            use = ablation.records[run_id].get("diagnostics", {}).get("gate_use", {})
+            for gate, shares in use.get("all", {}).items():
+                for member, share in shares.items():
+                    found.setdefault(gate, {}).setdefault(member, []).append(share)
+        if not found:
             continue
-        experts = max(len(shares) for shares in means.values())
+        members = list(dict.fromkeys(member for shares in found.values() for member in shares))
         choices[label(row.arm)] = [len(figure.data)]
         figure.add_trace(
             go.Heatmap(
-                x=[f"expert {index}" for index in range(experts)],
-                y=[label(gate) for gate in means],
-                z=[[*shares, *[math.nan] * (experts - len(shares))] for shares in means.values()],
-                texttemplate="%{z:.2f}",
+                x=[label(member) for member in members],
+                y=[label(gate) for gate in found],
+                z=[[np.mean(shares.get(member, math.nan)) for member in members] for shares in found.values()],
+                texttemplate="%{z:.2f}" if len(members) <= MOST_TEXTS else None,
                 hovertemplate=f"{label(row.arm)}<br>%{{y}}, %{{x}}: %{{z:.3f}}, n = {len(row.run_ids)}<extra></extra>",
                 colorscale="Cividis",
                 zmin=0,
@@ -232,12 +233,3 @@ def _heat_map(
 
 def _cell_text(summary: Summary | None) -> str:
     return "" if summary is None or summary.mean is None else f"{mean_text(summary)}<br>n = {summary.n}"
-
-
-def _gates(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, list[float]]]:
-    """All lists of numbers under ``found`` with the names that lead to them."""
-    if isinstance(found, Mapping):
-        for name, inner in found.items():
-            yield from _gates(inner, (*path, str(name)))
-    elif isinstance(found, list) and found and all(isinstance(share, int | float) for share in found):
-        yield "/".join(path) or "gate", [float(share) for share in found]

@@ -1,13 +1,14 @@
-"""Strategy: the contract of every sharing strategy."""
+"""Strategy: the contract of every sharing strategy, and what several of them need."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from mtl_jax.nn import Context
+from mtl_jax.nn import Context, stream
 
-__all__ = ["Context", "Strategy"]
+__all__ = ["Context", "SharedParameters", "Strategy", "by_task", "head_context"]
 
 
 class Strategy(nnx.Module):
@@ -15,21 +16,26 @@ class Strategy(nnx.Module):
 
     It is two functions. :meth:`common` computes the *cut*: a pytree through which every path from shared parameters
     and tables to a loss passes. :meth:`head` computes one task's representation from the cut. ``common`` reads no
-    parameter of a task, ``head`` none of another task; then the gradients of all tasks cost one backward pass per head
-    and one through the shared part. Leaves of the cut that are not floating point (a dropout key for the heads) are
-    constants of the step.
+    parameter of a task, ``head`` none of another task and no shared one; then the gradients of all tasks cost one
+    backward pass per head and one through the shared part. Leaves of the cut that are not floating point (a dropout key
+    for the heads) are constants of the step. Shared parameters that heads apply to features of their own are handed on
+    in the cut (:class:`SharedParameters`).
 
-    Labels are structural: what lies under an attribute ``task[<name>]`` is that task's, the rest is shared.
+    Labels are structural: what lies under an attribute ``task[<name>]`` is that task's, the rest is shared. A parameter is
+    a task's own exactly if no other task's output depends on it; "task-specific" parts of a paper often are not.
 
     Attributes:
       tasks: Task names.
       out_features: Width of every task's representation.
       private_tables: Whether every task has its own set of tables; x is then ``[batch, task, in]``.
+      widths: Names of the constructor's arguments that are widths of layers, of experts and networks, which
+        :func:`mtl_jax.sharing.match_parameters` scales.
     """
 
     tasks: tuple[str, ...]
     out_features: int
     private_tables: bool = False
+    widths: tuple[str, ...] = ("units",)
 
     def common(self, x: Float[Array, "batch *task in"], context: Context = Context()) -> Any:
         """The cut of this batch."""
@@ -43,9 +49,49 @@ class Strategy(nnx.Module):
         """A penalty on the parameters, added to the objective with factor 1 after balancing."""
         return 0.0
 
+    def row_regulariser(self, common: Any) -> Float[Array, " batch"] | None:
+        """A penalty on each row, whose weighted mean over the batch is added likewise. None: there is none."""
+        return None
+
+    def gates(self, x: Float[Array, "batch *task in"], context: Context = Context()) -> dict[str, Float[Array, "..."]]:
+        """What tasks take from where, for whoever looks on: gate -> weights of its members, in evaluation.
+
+        A gate that looks at its input has a leading batch axis; one that does not (a row of a cross-stitch matrix, a mask)
+        is a vector. Names begin with the task's, then a slash and the level. Strategies without gates have none.
+        """
+        return {}
+
+    def gate_members(self) -> dict[str, tuple[str, ...]]:
+        """Gate -> names of what it weighs, for every gate of :meth:`gates`."""
+        return {}
+
     def __call__(
         self, x: Float[Array, "batch *task in"], context: Context = Context()
     ) -> dict[str, Float[Array, "batch hidden"]]:
         """The representations of all tasks."""
         common = self.common(x, context)
         return {task: self.head(task, common) for task in self.tasks}
+
+
+class SharedParameters(NamedTuple):
+    """Shared parameters as a part of the cut, for heads that apply them to features of their own.
+
+    Gradients of the tasks pass through them as through any leaf. They have no rows, so gradients that are compared at
+    the cut (scope ``representation``) leave them out.
+
+    Attributes:
+      values: The arrays.
+    """
+
+    values: PyTree[Array]
+
+
+def by_task(tasks: Sequence[str], make: Callable[[str, nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Dict:
+    """One module a task, each initialised from the task's name, so that it does not depend on which others there are."""
+    key = rngs.params()
+    return nnx.Dict({task: make(task, nnx.Rngs(params=stream(key, task))) for task in tasks})
+
+
+def head_context(key: PRNGKeyArray | None, task: str) -> Context:
+    """The context of a task's own layers, from the key that the cut holds for them (None in evaluation)."""
+    return Context(train=key is not None, rngs=key).stream(task)

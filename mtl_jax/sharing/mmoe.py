@@ -1,14 +1,13 @@
 """MMoE: shared experts, one gate per task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from mtl_jax.nn import Experts, Gate, stream
-from mtl_jax.sharing.base import Context, Strategy
+from mtl_jax.nn import Experts, Gate, mix
+from mtl_jax.sharing.base import Context, Strategy, by_task, head_context
 
 
 class MMoECommon(NamedTuple):
@@ -16,6 +15,7 @@ class MMoECommon(NamedTuple):
 
     x: Float[Array, "batch in"]
     experts: Float[Array, "expert batch hidden"]
+    key: PRNGKeyArray | None
 
 
 class MMoE(Strategy):
@@ -32,6 +32,8 @@ class MMoE(Strategy):
       num_experts: E.
       expert_units: Layer widths of every expert f_e (ReLU after each); the last one is the width of z_k.
       dropout: Rate after each expert layer, in [0, 1).
+      gate: ``(in_features, num_members, *, rngs) -> module``, once per task; with ``functools.partial(Gate, ...)`` it has
+        hidden layers, a bias, a temperature, a norm or dropout.
       rngs: Initialisation; needs the stream ``params``.
 
     Labels: the experts are ``shared``, each gate is ``task/<name>``.
@@ -50,6 +52,8 @@ class MMoE(Strategy):
       dropout inside the softmax (some libraries have both, and their numbers differ).
     """
 
+    widths = ("expert_units",)
+
     def __init__(
         self,
         in_features: int,
@@ -58,21 +62,24 @@ class MMoE(Strategy):
         num_experts: int = 8,
         expert_units: Sequence[int] = (512, 256),
         dropout: float = 0.2,
+        gate: Callable[..., nnx.Module] = Gate,
         rngs: nnx.Rngs,
     ):
         self.tasks = tuple(tasks)
         self.experts = Experts(in_features, expert_units, num_experts=num_experts, dropout=dropout, rngs=rngs)
         self.out_features = self.experts.out_features
-        key = rngs.params()
-
-        def gate(task: str) -> Gate:  # initialised from its name, so that it does not depend on the other tasks
-            return Gate(in_features, num_experts, rngs=nnx.Rngs(params=stream(key, task)))
-
-        self.task = nnx.Dict({task: gate(task) for task in self.tasks})
+        self.task = by_task(self.tasks, lambda task, rngs: gate(in_features, num_experts, rngs=rngs), rngs)
 
     def common(self, x: Float[Array, "batch in"], context: Context = Context()) -> MMoECommon:
-        return MMoECommon(x, self.experts(x, context))
+        return MMoECommon(x, self.experts(x, context), context.rngs if context.train else None)
 
     def head(self, task: str, common: MMoECommon) -> Float[Array, "batch hidden"]:
-        gate = self.task[task](common.x)
-        return jnp.einsum("be,ebh->bh", gate, common.experts)
+        return mix(self.task[task](common.x, head_context(common.key, task)), common.experts)
+
+    def gates(self, x, context=Context()):
+        return {f"{task}/gate": self.task[task](x) for task in self.tasks}
+
+    def gate_members(self):
+        return dict.fromkeys(
+            (f"{task}/gate" for task in self.tasks), tuple(f"expert {e}" for e in range(self.experts.num_experts))
+        )

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mtl_jax.nn import MLP, stream
-from mtl_jax.sharing.base import Context, Strategy
+from mtl_jax.nn import MLP
+from mtl_jax.sharing.base import Context, Strategy, by_task, head_context
 
 
 class SingleTaskCommon(NamedTuple):
@@ -52,12 +52,7 @@ class SingleTask(Strategy):
     ):
         self.tasks = tuple(tasks)
         self.private_tables = not share_embeddings
-        key = rngs.params()
-
-        def network(task: str) -> MLP:  # initialised from its name, so that it does not depend on the other tasks
-            return MLP(in_features, units, dropout=dropout, rngs=nnx.Rngs(params=stream(key, task)))
-
-        self.task = nnx.Dict({task: network(task) for task in self.tasks})
+        self.task = by_task(self.tasks, lambda task, rngs: MLP(in_features, units, dropout=dropout, rngs=rngs), rngs)
         self.out_features = self.task[self.tasks[0]].out_features
 
     def common(self, x: Float[Array, "batch *task in"], context: Context = Context()) -> SingleTaskCommon:
@@ -65,5 +60,4 @@ class SingleTask(Strategy):
 
     def head(self, task: str, common: SingleTaskCommon) -> Float[Array, "batch hidden"]:
         x = common.x[:, self.tasks.index(task)] if self.private_tables else common.x
-        context = Context(train=common.key is not None, rngs=common.key)
-        return self.task[task](x, context.stream(task))
+        return self.task[task](x, head_context(common.key, task))

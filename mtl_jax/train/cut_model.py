@@ -2,15 +2,25 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from mtl_jax.model import is_table, label
+from mtl_jax.model import is_table, label, of_encoder
+from mtl_jax.sharing import SharedParameters
 from mtl_jax.train.objective import TaskLoss
 from mtl_jax.train.parallel import total
+
+KINDS = ("rows", "parameters", "constants")
+
+
+class CutLeaves(NamedTuple):
+    """The floating-point leaves of a cut: what has rows, and parameters that heads apply to features of their own."""
+
+    rows: list[Array]
+    parameters: list[Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,12 +86,11 @@ class CutModel:
         """One of the ``parts``."""
         return jax.tree.map(lambda leaf: leaf[number], self.parts)
 
-    def leaves(self, part: Any) -> list[Array]:
-        """What the Jacobian at the cut is one of: the floating-point leaves of the cut."""
-        leaves = jax.tree.leaves(self.common(self.below, part))
-        return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    def leaves(self, part: Any) -> CutLeaves:
+        """What the Jacobian at the cut is one of."""
+        return _cut(lambda below: self.common(below, part), self.below)[0]
 
-    def at_cut(self, part: Any) -> tuple[TaskLoss, dict[str, dict[str, Array]], PyTree, Callable]:
+    def at_cut(self, part: Any) -> tuple[TaskLoss, dict[str, dict[str, Array]], CutLeaves, Callable]:
         """Losses of a part, gradients of each task's own parameters, the Jacobian at the cut, and the way down from there.
 
         One backward pass per head over its own graph; the way down is the pull-back of ``common``.
@@ -124,8 +133,8 @@ def parts_side_by_side(model: CutModel) -> CutModel:
 
 
 def below_cut(path: str) -> bool:
-    """Whether ``common`` reads the parameter: shared ones and all tables, private ones too."""
-    return not label(path).startswith("task/") or is_table(path)
+    """Whether ``common`` reads the parameter: shared ones, and all tables and encoders, private ones too."""
+    return not label(path).startswith("task/") or is_table(path) or of_encoder(path)
 
 
 def in_scope(path: str, scope: str) -> bool:
@@ -153,23 +162,39 @@ def _owned(path: str, task: str) -> bool:
     return label(path) == f"task/{task}" and not below_cut(path)
 
 
-def _cut(common, below):
+def _cut(common, below) -> tuple[CutLeaves, Callable, Callable]:
     """The floating-point leaves of the cut, their pull-back, and the way from leaves to the cut."""
 
     def floating(below):
-        leaves, structure = jax.tree.flatten(common(below))
-        inexact = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-        differentiated = [leaf for leaf, yes in zip(leaves, inexact, strict=True) if yes]
-        constants = [leaf for leaf, yes in zip(leaves, inexact, strict=True) if not yes]
-        layout.append((structure, inexact))
-        return differentiated, constants
+        cut = common(below)
+        leaves, structure = jax.tree.flatten(cut)
+        kinds = [
+            ("rows" if has_rows else "parameters") if jnp.issubdtype(leaf.dtype, jnp.inexact) else "constants"
+            for leaf, has_rows in zip(leaves, _have_rows(cut), strict=True)
+        ]
+        layout.append((structure, kinds))
+        of_kind = {name: [leaf for leaf, kind in zip(leaves, kinds, strict=True) if kind == name] for name in KINDS}
+        constants = of_kind.pop("constants")
+        return CutLeaves(**of_kind), constants
 
     layout: list = []
     leaves, pull, constants = jax.vjp(floating, below, has_aux=True)
-    structure, inexact = layout[-1]
+    structure, kinds = layout[-1]
 
     def rebuild(leaves):
-        floats, others = iter(leaves), iter(constants)
-        return jax.tree.unflatten(structure, [next(floats) if yes else next(others) for yes in inexact])
+        of_kind = {name: iter(values) for name, values in (leaves._asdict() | {"constants": constants}).items()}
+        return jax.tree.unflatten(structure, [next(of_kind[kind]) for kind in kinds])
 
     return leaves, lambda cotangent: pull(cotangent)[0], rebuild
+
+
+def _have_rows(cut: PyTree) -> list[bool]:
+    """Of every leaf, whether it has the rows of the batch."""
+
+    def is_parameters(node):
+        return isinstance(node, SharedParameters)
+
+    def mark(node):
+        return jax.tree.map(lambda _: False, node) if is_parameters(node) else True
+
+    return jax.tree.leaves(jax.tree.map(mark, cut, is_leaf=is_parameters))

@@ -20,7 +20,7 @@ from mtl_jax.balancing.base import combine, null_rows, weigh
 from mtl_jax.balancing.rows import combine_rows, gramian
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
-from mtl_jax.train.cut_model import CutModel, below_cut, in_scope, only_in_scope, parts_side_by_side, union
+from mtl_jax.train.cut_model import CutLeaves, CutModel, below_cut, in_scope, only_in_scope, parts_side_by_side, union
 from mtl_jax.train.direction import length_factor, squared_lengths, told
 from mtl_jax.train.objective import TaskLoss
 
@@ -114,6 +114,7 @@ def balanced_gradients(
     key: PRNGKeyArray,
     options: BalancingOptions = BalancingOptions(),
     regulariser: Callable[[Mapping[str, Array]], Float[Array, ""]] | None = None,
+    row_regulariser: Callable[[Mapping[str, Array], Any], Float[Array, ""]] | None = None,
     learning_rate: Callable[[str], Any] | None = None,
     axis: str | None = None,
 ) -> Balanced:
@@ -135,6 +136,7 @@ def balanced_gradients(
       key: For stochastic methods; the same on all devices.
       options: Scope and head gradient.
       regulariser: All parameters -> penalty, whose gradient is added with factor 1 after balancing.
+      row_regulariser: (all parameters, part) -> that part's share of a penalty on rows, added likewise.
       learning_rate: Path -> the optimizer's rate in this step, for methods that look along it.
       axis: Named axis of devices to sum over; None where there is none.
     """
@@ -145,6 +147,9 @@ def balanced_gradients(
         result = _way(balancer, options)(model, balancer, state, key, options)
     if regulariser is not None:
         penalty = jax.grad(regulariser)(dict(params))
+        result = result._replace(gradients=jax.tree.map(jnp.add, result.gradients, penalty))
+    if row_regulariser is not None:
+        penalty = model.sum(lambda part: jax.grad(row_regulariser)(dict(params), part))
         result = result._replace(gradients=jax.tree.map(jnp.add, result.gradients, penalty))
     return result
 
@@ -289,7 +294,7 @@ def _one_pass_a_head(model: CutModel, balancer, state, key, options) -> Balanced
                 _, of_heads, rows, down = model.at_cut(model.sample)
                 of_heads = model.total(of_heads)
             if at_cut:
-                return model.total(balancer.products(rows))
+                return model.total(balancer.products(rows.rows))
             rows = _pull_each(_pull_in_scope(down, options), rows, options)
             return balancer.products(model.total(rows)) + _of_heads(model, of_heads, options)
 
@@ -299,7 +304,7 @@ def _one_pass_a_head(model: CutModel, balancer, state, key, options) -> Balanced
 
         def summed(part):
             losses, own, jacobian, pull = model.at_cut(part)
-            of_cut = balancer.products(jacobian) if at_cut and needs_products else None
+            of_cut = balancer.products(jacobian.rows) if at_cut and needs_products else None
             return losses, own, _pull_each(pull, jacobian, options), of_cut
 
         losses, own, jacobian, products = model.sum(summed)
@@ -349,15 +354,16 @@ def _unit_by_unit(model: CutModel, balancer, state, key, options) -> Balanced:
     rows = parts_side_by_side(model)
     labels, own, jacobian, pull = rows.at_cut(rows.part)
     losses = labels._replace(numerator=labels.numerator.sum(axis=1), denominator=labels.denominator.sum(axis=1))
-    signed = [jnp.sum(jnp.sign(z) * g, axis=1) for z, g in zip(rows.leaves(rows.part), jacobian, strict=True)]
-    losses, own, signed, products = model.total((losses, own, signed, gramian(jacobian)))
+    leaves = zip(rows.leaves(rows.part).rows, jacobian.rows, strict=True)
+    signed = [jnp.sum(jnp.sign(z) * g, axis=1) for z, g in leaves]
+    losses, own, signed, products = model.total((losses, own, signed, gramian(jacobian.rows)))
     active = losses.denominator > 0
     finite = jnp.all(jnp.isfinite(products)) & jnp.all(jnp.isfinite(losses.loss))
     null = null_rows(balancer, jnp.diagonal(products), active)
     active &= ~null
     factors = balancer.unit_factors(signed, key, active=active)
-    direction = [jnp.sum(factor[:, None] * leaf, axis=0) for factor, leaf in zip(factors, jacobian, strict=True)]
-    plain = combine_rows(active.astype(jnp.float32), jacobian)
+    direction = [jnp.sum(factor[:, None] * leaf, axis=0) for factor, leaf in zip(factors, jacobian.rows, strict=True)]
+    plain = combine_rows(active.astype(jnp.float32), jacobian.rows)
     squared_norm, squared_sum, inner = model.total(
         [sum(map(jnp.vdot, a, b)) for a, b in ((direction, direction), (plain, plain), (direction, plain))]
     )
@@ -367,7 +373,8 @@ def _unit_by_unit(model: CutModel, balancer, state, key, options) -> Balanced:
     info |= told(products, active, factor * factor * squared_norm, squared_sum, factor * inner)
     found = TaskGradients(losses, own, jacobian, pull)
     below, own = weighted_sum(model, found, outside, outside if options.weighted_heads(balancer) else None)
-    pulled = model.total(pull([(factor * leaf).astype(leaf.dtype) for leaf in direction]))
+    parameters = combine_rows(outside, jacobian.parameters)  # they have no units of the cut
+    pulled = model.total(pull(CutLeaves([(factor * leaf).astype(leaf.dtype) for leaf in direction], parameters)))
     below |= {path: g for path, g in pulled.items() if not label(path).startswith("task/")}
     return Balanced(below | union(own), losses, outside, state, info, _cosines(products))
 

@@ -107,7 +107,9 @@ class NtkMtlSr(Balancer):
     ) -> Balanced:
         side_by_side = parts_side_by_side(model)
         labels, own, jacobian, pull = side_by_side.at_cut(side_by_side.part)
-        labels, own, squares, products = model.total((labels, own, squares_by_part(jacobian), self.products(jacobian)))
+        labels, own, squares, products = model.total(
+            (labels, own, squares_by_part(jacobian.rows), self.products(jacobian.rows))
+        )
         losses = labels._replace(numerator=labels.numerator.sum(axis=1), denominator=labels.denominator.sum(axis=1))
         observed = labels.denominator > 0
         scale = losses.denominator[:, None] / jnp.where(observed, labels.denominator, 1)

@@ -10,6 +10,7 @@ import numpy as np
 
 from mtl_jax.data.dataset import Encoded
 from mtl_jax.model import MultiTaskModel
+from mtl_jax.train.gate_use import Use, gate_use
 from mtl_jax.train.monitor import Monitor
 from mtl_jax.train.predict import predict
 from mtl_jax.train.state import Functional
@@ -171,3 +172,8 @@ class Result:
         """Outputs of every task: logits, or standardised predictions of regression tasks."""
         functional, params, rest = Functional.of(self.model)
         return predict(functional, params | rest, rows)
+
+    def gate_use(self, rows: Encoded, domains: Sequence[str] = ()) -> Use:
+        """What the gates of the model weigh (see :func:`mtl_jax.train.gate_use.gate_use`)."""
+        functional, params, rest = Functional.of(self.model)
+        return gate_use(functional, params | rest, rows, domains)

@@ -304,7 +304,8 @@ class Step:
             return self.functional.merge(self._in_precision(params | dict(replaced)), self._in_precision(state.rest))
 
         def context(part):
-            return Context(train=True, step=state.step, rngs=stream(part.key, "model"))
+            keys = {"rngs": stream(part.key, "model"), "step_rngs": stream(key, "model")}
+            return Context(train=True, step=state.step, **keys)
 
         def common(below, part):
             return merged(below).common(part.inputs, context(part))
@@ -317,10 +318,18 @@ class Step:
 
             return loss
 
-        return _Problem(common, {task.name: head(task) for task in self.tasks}, self._rows(inputs, batch, key))
+        def row_regulariser(params, part):
+            cut, weight = common(params, part), part.batch["weight"]
+            penalties = merged(params).sharing.row_regulariser(cut)
+            return jnp.vdot(weight, penalties) / jnp.maximum(total(batch["weight"].sum(), self.axis), 1e-12)
+
+        heads = {task.name: head(task) for task in self.tasks}
+        return _Problem(common, heads, row_regulariser, self._rows(inputs, batch, key))
 
     def _balance(self, params: Params, state: TrainState, problem: "_Problem", key) -> Balanced:
-        regularised = type(self.functional.merge(params, state.rest).sharing).regulariser is not Strategy.regulariser
+        kind = type(self.functional.merge(params, state.rest).sharing)
+        on_parameters = kind.regulariser is not Strategy.regulariser
+        on_rows = kind.row_regulariser is not Strategy.row_regulariser
         return balanced_gradients(
             problem.common,
             problem.heads,
@@ -330,7 +339,10 @@ class Step:
             state=state.balancer,
             key=stream(key, "balancer"),
             options=self.options,
-            regulariser=(lambda p: self.functional.merge(p, state.rest).sharing.regulariser()) if regularised else None,
+            regulariser=(lambda p: self.functional.merge(p, state.rest).sharing.regulariser())
+            if on_parameters
+            else None,
+            row_regulariser=problem.row_regulariser if on_rows else None,
             learning_rate=lambda path: self.optimizer.rate(path, state.step),
             axis=self.axis,
         )
@@ -427,10 +439,12 @@ class _Part(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """The losses of a step: to the cut, from there to each task's loss, and the rows (``part``, ``parts``, ``sample``)."""
+    """The losses of a step: to the cut, from there to each task's loss, the strategy's penalty on rows, and the rows
+    (``part``, ``parts``, ``sample``)."""
 
     common: Callable
     heads: dict[str, Callable]
+    row_regulariser: Callable
     rows: dict[str, _Part]
 
 

@@ -167,7 +167,12 @@ def grid_folder(tmp_path_factory):
                 special = sharing == "mmoe" and balancing == "pcgrad"
                 if special:
                     record["diagnostics"] = {
-                        "gate_use": {"buy": [0.7, 0.3], "spend": [0.2 + 0.1 * seed, 0.8 - 0.1 * seed]}
+                        "gate_use": {
+                            "all": {
+                                "buy/gate": {"expert 0": 0.7, "expert 1": 0.3},
+                                "spend/gate": {"expert 0": 0.2 + 0.1 * seed, "expert 1": 0.8 - 0.1 * seed},
+                            }
+                        }
                     }
                 validate(record)
                 run.write_json("result.json", record)

@@ -240,7 +240,7 @@ def test_bars_of_ranks_overlap_exactly_when_the_test_does_not_tell_them_apart(co
 def test_gate_use_is_averaged_over_seeds(ablation, comparison):
     figure = figures.gate_use(ablation, comparison)
     (heat,) = figure.data
-    assert heat.y == ("buy", "spend")
+    assert heat.x == ("expert 0", "expert 1") and heat.y == ("buy/gate", "spend/gate")
     assert np.array(heat.z) == pytest.approx(np.array([[0.7, 0.3], [0.4, 0.6]]))
     records = {run: {k: v for k, v in record.items() if k != "diagnostics"} for run, record in ablation.records.items()}
     assert "no use of gates" in figures.gate_use(dataclasses.replace(ablation, records=records), comparison)

@@ -61,23 +61,24 @@ def summary(runs: Sequence[Mapping[str, Any]], solvers: Sequence[Mapping[str, An
       ``goals``: one a goal and number of tasks that was measured: its ``text``, ``limit``, ``worst`` and ``where``, both
       None where nothing was measured, and ``met``.
     """
-    rows = [_row(same) for same in _groups(runs, "tasks", "encoder", "method", "scope")]
+    rows = [_row(same) for same in groups(runs, "tasks", "encoder", "method", "scope")]
     of_solvers = [
         {
             "method": same[0]["method"],
             "tasks": same[0]["tasks"],
             "seconds": statistics.median(r["seconds"] for r in same),
         }
-        for same in _groups(solvers, "method", "tasks")
+        for same in groups(solvers, "method", "tasks")
     ]
     return {"rows": rows, "solvers": of_solvers, "goals": list(_goals(rows))}
 
 
-def _groups(runs: Sequence[Mapping[str, Any]], *names: str) -> Iterable[list[Mapping[str, Any]]]:
-    groups: dict[tuple, list] = {}
+def groups(runs: Sequence[Mapping[str, Any]], *names: str) -> Iterable[list[Mapping[str, Any]]]:
+    """The lines that have the same values under the names, together."""
+    found: dict[tuple, list] = {}
     for run in runs:
-        groups.setdefault(tuple(run[name] for name in names), []).append(run)
-    return groups.values()
+        found.setdefault(tuple(run[name] for name in names), []).append(run)
+    return found.values()
 
 
 def _row(same: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -180,14 +181,15 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
 
 def show(record: Mapping[str, Any]) -> None:
     """Prints the tables, then the sentences."""
-    _print([COLUMNS, *table(record)], left=("encoder", "method", "scope"))
+    print_table([COLUMNS, *table(record)], left=("encoder", "method", "scope"))
     if record["solvers"]:
         print()
-        _print(solver_table(record), left=("solver, us",))
+        print_table(solver_table(record), left=("solver, us",))
     print("\n".join(["", *caption(record), "", *sentences(record)]))
 
 
-def _print(rows: Sequence[Sequence[str]], left: Sequence[str]) -> None:
+def print_table(rows: Sequence[Sequence[str]], left: Sequence[str]) -> None:
+    """Prints rows of text, the first of which are the columns' names; those in ``left`` begin at the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = zip(row, widths, rows[0], strict=True)

@@ -19,8 +19,6 @@ OUTPUTS = "outputs"
 """Where the parameters of a task's loss lie, beside its tower."""
 ENCODING = ("encoder", "histories")
 """Where the layers lie that make the strategy's input, beside the tables."""
-RESERVED = ("task", "aux", "tables")
-"""Parts of paths that labels are read from."""
 
 
 class Inputs(NamedTuple):
@@ -56,8 +54,8 @@ class MultiTaskModel(nnx.Module):
         private tables whatever the other tasks are.
 
     Raises:
-      SchemaError: There is no feature, a name of a task or vocabulary has a slash, or a task has a name that paths of
-        parameters need.
+      SchemaError: There is no feature, a name of a task or vocabulary has a slash, or a history lacks what it compares
+        with.
 
     Labels: ``tables`` are ``embedding``; under ``task/<name>`` (towers, parameters of its loss, private tables, a
     strategy's own parts) that task's; the rest ``shared``.
@@ -228,8 +226,6 @@ def _check(schema: Schema) -> None:
     slashed = [name for name in (*schema.task_names, *(v.name for v in schema.vocabularies)) if "/" in name]
     if slashed:  # paths of parameters are joined by slashes, and labels are read from them
         raise SchemaError(f"tasks or vocabularies {slashed} have a '/'; expected names without it. Rename them")
-    if taken := [name for name in schema.task_names if name in RESERVED]:
-        raise SchemaError(f"tasks {taken} have names that labels are read from; expected others. Rename them")
 
 
 def _rngs(key: jax.Array, name: str) -> nnx.Rngs:
@@ -241,6 +237,8 @@ def label(path: str) -> str:
     parts = path.split("/")
     if parts[0] == "tables":  # first, because a vocabulary may be named 'task'
         return "embedding"
+    if parts[0] in ENCODING:  # a feature may be so named too
+        return "shared"
     for kind in ("task", "aux"):
         if kind in parts[:-1]:
             return f"{kind}/{parts[parts.index(kind) + 1]}"

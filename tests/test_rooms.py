@@ -65,7 +65,19 @@ def test_rooms_without_jax(room):
 
 def test_the_list_is_complete():
     rooms = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    above = {"run", "run_config", "job", "arms", "plan", "ablate", "search", "stacks", "watch", "cross_validate"}
+    above = {
+        "run",
+        "run_config",
+        "job",
+        "arms",
+        "plan",
+        "ablate",
+        "search",
+        "stacks",
+        "watch",
+        "cross_validate",
+        "summary",
+    }
     assert rooms - above - {"__init__", "__pycache__"} == set(ALLOWED)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mtl_jax.arguments import check_count
+from mtl_jax.arguments import check_count, check_counts, shown
 from mtl_jax.errors import ConfigError
 from mtl_jax.nn import MLP, Experts, Gate, mix, stream
 from mtl_jax.sharing.base import Context, Strategy, head_context
@@ -44,7 +44,7 @@ class DBMTL(Strategy):
       num_experts: Shared experts, each a ``expert_units`` MLP with a gate a task; 0: none.
       expert_units: Layer widths of every expert.
       units: Layer widths of MLP_k.
-      relation_units: Layer widths of MLP_rel,k; the last one is that of ``units``.
+      relation_units: Layer widths of MLP_rel,k; the last one is that of ``units``. None: one layer of that width.
       detach_parents: Whether gradients stop at the parents' representations.
       dropout: Rate after each layer, in [0, 1).
       gate: ``(in_features, num_members, *, rngs) -> module``.
@@ -82,7 +82,7 @@ class DBMTL(Strategy):
         num_experts: int = 0,
         expert_units: Sequence[int] = (256,),
         units: Sequence[int] = (128,),
-        relation_units: Sequence[int] = (128,),
+        relation_units: Sequence[int] | None = None,
         detach_parents: bool = False,
         dropout: float = 0.2,
         gate: Callable[..., nnx.Module] = Gate,
@@ -90,15 +90,18 @@ class DBMTL(Strategy):
     ):
         self.tasks = tuple(tasks)
         check_count(num_experts, "num_experts", least=0)
+        check_counts(expert_units, "expert_units", empty=False)
         order, found = _order(self.tasks, parents or {})
         self.parents = tuple(found[task] for task in self.tasks)
-        if units and relation_units and units[-1] != relation_units[-1] and any(self.parents):
-            raise ConfigError(
-                f"units end with {units[-1]} and relation_units with {relation_units[-1]}; expected one width of all "
-                "representations. Change one"
-            )
         self.bottom = MLP(in_features, bottom, dropout=dropout, rngs=rngs)
         hidden = self.bottom.out_features
+        self.out_features = units[-1] if units else expert_units[-1] if num_experts else hidden
+        relation_units = (self.out_features,) if relation_units is None else relation_units
+        if [*relation_units][-1:] != [self.out_features]:
+            raise ConfigError(
+                f"relation_units is {shown(relation_units)} and other representations have {self.out_features} units; "
+                "expected one width of all of them. Change one"
+            )
 
         def bank() -> Experts | None:
             options = {"num_experts": num_experts, "dropout": dropout, "rngs": rngs}
@@ -119,7 +122,6 @@ class DBMTL(Strategy):
         self.inner = nnx.List([network(task) for task in inner])
         self.task = nnx.Dict({task: network(task) for task in self.tasks if task not in inner})
         self.detach_parents = detach_parents
-        self.out_features = units[-1] if units else hidden
 
     def common(self, x: Float[Array, "batch in"], context: Context = Context()) -> DBMTLCommon:
         h = self.bottom(x, context.stream("bottom"))

@@ -47,6 +47,7 @@ def match_parameters(
     """
     kind = strategy.func
     given = {name: strategy.keywords.get(name, _default(kind, name)) for name in getattr(kind, "widths", ())}
+    given = {name: value for name, value in given.items() if value is not None}
     if not given:
         raise ConfigError(f"'{kind.__name__}' names no widths; expected a strategy with the attribute 'widths'. Add it")
 

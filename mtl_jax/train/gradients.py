@@ -373,7 +373,7 @@ def _unit_by_unit(model: CutModel, balancer, state, key, options) -> Balanced:
     info |= told(products, active, factor * factor * squared_norm, squared_sum, factor * inner)
     found = TaskGradients(losses, own, jacobian, pull)
     below, own = weighted_sum(model, found, outside, outside if options.weighted_heads(balancer) else None)
-    parameters = combine_rows(outside, jacobian.parameters)  # they have no units of the cut
+    parameters = combine_rows(outside, jacobian).parameters  # they have no units of the cut
     pulled = model.total(pull(CutLeaves([(factor * leaf).astype(leaf.dtype) for leaf in direction], parameters)))
     below |= {path: g for path, g in pulled.items() if not label(path).startswith("task/")}
     return Balanced(below | union(own), losses, outside, state, info, _cosines(products))

@@ -38,7 +38,7 @@ SMALL = {
     **dict.fromkeys(("ple", "adatt", "adatt_sp"), LEVELS),
     **dict.fromkeys(("snr_trans", "snr_aver"), NODES_OF_SNR),
     "sluice": ["sharing.width=4"],
-    "dbmtl": ["sharing.units=[4]", "sharing.relation_units=[4]", "sharing.parents={y2: [y1]}", "sharing.bottom=[4]"],
+    "dbmtl": ["sharing.units=[4]", "sharing.parents={y2: [y1]}", "sharing.bottom=[4]"],
 }
 # Methods that are not defined for two tasks.
 MANY_TASKS = ("krum", "trimmed_mean")

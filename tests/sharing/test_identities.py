@@ -322,7 +322,7 @@ WRONG = {
     "gamma": (DSelectK, {"gamma": 0.0}, "gamma is 0"),
     "circle": (DBMTL, {"parents": {"buy": ["click"], "click": ["buy"]}}, "go in a circle"),
     "parent": (DBMTL, {"parents": {"buy": ["clik"]}}, "clik"),
-    "relation": (DBMTL, {"parents": {"buy": ["click"]}, "units": (4,), "relation_units": (5,)}, "one width"),
+    "relation": (DBMTL, {"parents": {"buy": ["click"]}, "units": (4,), "relation_units": (5,)}, "one width of all"),
     "temperature": (MMoE, {"gate": functools.partial(Gate, temperature=0.0)}, "gate.temperature is 0"),
     "gate norm": (MMoE, {"gate": functools.partial(Gate, norm="batch")}, "gate.norm is 'batch'"),
 }

@@ -145,7 +145,7 @@ def main() -> None:
     device = jax.devices()[0]
     facts = {
         "target": passes.target,
-        "equal": {name: strategy.keywords for name, strategy in passes.strategies.items()},
+        "equal": {name: widths_of(name, strategy) for name, strategy in passes.strategies.items()},
         "unmatched": passes.unmatched,
         "device": f"{device.platform}: {device.device_kind}",
         "versions": versions("jax", "jaxlib", "flax", "numpy"),
@@ -264,6 +264,12 @@ def constructor(kind: str, options: dict[str, Any]) -> functools.partial:
     return functools.partial(getattr(sharing, kind), dropout=0.0, **options)
 
 
+def widths_of(name: str, strategy: functools.partial) -> dict[str, Any]:
+    """Of the layers that :data:`STRATEGIES` names."""
+    _, options = STRATEGIES[name]
+    return {option: strategy.keywords[option] for option in strategy.func.widths if option in options}
+
+
 def network(strategy: Callable[..., Any], in_features: int, tasks: Sequence[str], *, rngs: Any) -> Any:
     """A strategy with a tower a task."""
     from flax import nnx
@@ -293,7 +299,7 @@ def _runner(compiled: Callable[..., Any], arguments: tuple) -> Callable[[], floa
     import jax
 
     def passes() -> float:
-        value, gradients = jax.block_until_ready(compiled(*arguments))
+        value, _ = jax.block_until_ready(compiled(*arguments))
         return float(value)
 
     return passes

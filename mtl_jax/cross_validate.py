@@ -56,6 +56,7 @@ def cross_validate(
       MtlJaxError: As :func:`mtl_jax.run.run`; finished folds stay finished.
     """
     config = plain(config)
+    config.pop("summary", None)  # for the command line alone
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     check_config(config)
     count = config["folds"]

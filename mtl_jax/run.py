@@ -55,6 +55,7 @@ def run(
       MtlJaxError: What the user can mend; the record then says ``failed``, and checkpoints stay.
     """
     config = plain(config)
+    config.pop("summary", None)  # for the command line alone
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     check_config(config)
     if config["folds"] is not None:

@@ -38,7 +38,8 @@ def plot_gates(record: Mapping[str, Any], path: str | os.PathLike) -> bool:
 
     places = list(use)[:MOST_PLACES]
     gates = list(use[places[0]])
-    members = list(dict.fromkeys(member for gate in gates for member in use[places[0]][gate]))
+    by_length = sorted(use[places[0]].values(), key=len, reverse=True)  # the longest has the members in their order
+    members = list(dict.fromkeys(member for shares in by_length for member in shares))
     width = min(2.6 + 0.42 * len(members), 11.0)
     figure = Figure(
         figsize=(width * len(places), 1.6 + 0.32 * len(gates)), dpi=DPI, facecolor="white", layout="constrained"

@@ -198,7 +198,7 @@ def test_help_is_for_newcomers(tmp_path):
     for words in (
         "run folder",
         "data=movielens_1m",
-        "sharing: mmoe, shared_bottom, single_task",
+        "single_task, sluice",
         "resumes",
         "batch_size",
     ):

@@ -21,7 +21,7 @@ from mtl_jax.data.dataset import Encoded, TrainingData
 from mtl_jax.data.schema import Categorical, Numeric, Schema, Vocabulary
 from mtl_jax.errors import Interrupted
 from mtl_jax.nn import Encoder, Tower
-from mtl_jax.sharing import MMoE, SingleTask
+from mtl_jax.sharing import MTAN, DSelectK, MMoE, SingleTask, SNRTrans
 from mtl_jax.tasks import Task
 from mtl_jax.train import BalancingOptions, Optimizer, Step, compile_step, fit
 from mtl_jax.train.loop import run_steps
@@ -59,7 +59,7 @@ def rows():
 
 
 def cases(wanted):
-    """Balancing configs; then the scopes, private tables, micro-batches and an average."""
+    """Balancing configs; then the scopes, private tables, micro-batches, an average, and what strategies bring along."""
     for name in wanted:
         text = (CONF / f"{name}.yaml").read_text()
         node = {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}
@@ -74,12 +74,18 @@ def cases(wanted):
     yield "private tables", {"balancer": equal(), "options": plain, "sharing": SingleTask}
     yield "dense tables", {"balancer": equal(), "table_updates": None}
     yield "micro-batches", {"balancer": pcgrad(), "micro_batches": 2, "options": BalancingOptions(scope="shared")}
+    yield "gates drawn for all rows", {"balancer": pcgrad(), "sharing": SNRTrans, "micro_batches": 2}
+    yield "a penalty on rows", {"balancer": pcgrad(), "sharing": DSelectK}
+    yield "parameters in the cut", {"balancer": pcgrad(), "sharing": MTAN, "options": units}
 
 
 def model_of(sharing):
     made = {
         SingleTask: functools.partial(SingleTask, units=(5,)),
         MMoE: functools.partial(MMoE, num_experts=2, expert_units=(5,)),
+        SNRTrans: functools.partial(SNRTrans, num_nodes=(2, 2), units=(4, 4, 4), log_alpha=0.0),
+        DSelectK: functools.partial(DSelectK, num_experts=3, expert_units=(4,), entropy=0.1),
+        MTAN: functools.partial(MTAN, units=(4, 4)),
     }[sharing]
     return mtl_jax.MultiTaskModel(
         SCHEMA,

@@ -130,17 +130,23 @@ def peer_command(python: Path | None) -> tuple[list[str] | None, str]:
     """The command of TorchJD's process, or None; and a line about it."""
     if python is None:
         return None, NOT_ASKED
-    python = python.absolute()  # not resolved: an environment is known by the path of its link
-    if not os.access(python, os.X_OK):
-        raise SystemExit(
-            f"--peer-python {python} cannot be run; expected a Python interpreter. Make an environment as "
-            "benchmarks/README.md says"
-        )
+    python = interpreter(python)
     done = subprocess.run([python, "-c", "import torch, torchjd.autojac"], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         return None, f"TorchJD was not measured: {python} cannot import it ({reason})"
     return [str(python), *PEER], f"TorchJD is measured by {python}"
+
+
+def interpreter(python: Path) -> Path:
+    """The absolute path of a Python that can be run; not resolved, as an environment is known by the path of its link."""
+    python = python.absolute()
+    if not os.access(python, os.X_OK):
+        raise SystemExit(
+            f"--peer-python {python} cannot be run; expected a Python interpreter. Make an environment as "
+            "benchmarks/README.md says"
+        )
+    return python
 
 
 def measured_steps(

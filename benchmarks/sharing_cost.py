@@ -19,7 +19,6 @@ libraries and what is not, how their environment is made and what the columns me
 import argparse
 import datetime
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import machine
-from benchmarks.balancing_cost import Busy, Worker
+from benchmarks.balancing_cost import Busy, Worker, interpreter
 from benchmarks.sharing_summary import show, summary
 from benchmarks.sharing_worker import EXPERTS, REFERENCE, STRATEGIES, WAYS, Case
 from benchmarks.train_throughput import OURS, limit_threads, machine_facts, schedule
@@ -105,12 +104,7 @@ def peer_command(python: Path | None) -> tuple[list[str] | None, str]:
     """The command of the other libraries' process, or None; and a line about it."""
     if python is None:
         return None, NOT_ASKED
-    python = python.absolute()  # not resolved: an environment is known by the path of its link
-    if not os.access(python, os.X_OK):
-        raise SystemExit(
-            f"--peer-python {python} cannot be run; expected a Python interpreter. Make an environment as "
-            "benchmarks/README.md says"
-        )
+    python = interpreter(python)
     return [str(python), *PEER_WORKER], f"The other libraries are measured by {python}"
 
 

@@ -176,24 +176,25 @@ class Passes:
                 self.unmatched[name] = str(error)
         self.programs: dict[tuple, tuple[Callable[[], float], dict[str, Any]]] = {}
 
-    def measure(self, **request: Any) -> dict[str, Any]:
+    def measure(self, part: str, **request: Any) -> dict[str, Any]:
         """Seconds of a pass, and facts about what is passed."""
-        key = tuple(request.values())
+        key = (part, *request.values())
         if key not in self.programs:
-            self.programs[key] = getattr(self, request.pop("part"))(**request)
+            self.programs[key] = getattr(self, part)(**request)
         passes, facts = self.programs[key]
         return {"seconds": seconds_of(passes, self.case.steps), **facts}
 
     def equal(self, name: str) -> tuple[Callable[[], float], dict[str, Any]]:
         """The passes of a strategy at the target, and facts."""
-        return self._passes(self.strategies[name])
+        return self.passes_of(self.strategies[name])
 
     def compared(self, name: str) -> tuple[Callable[[], float], dict[str, Any]]:
         """The passes of a strategy at the sizes of :data:`COMPARED`, and facts."""
         entry = COMPARED[name]
-        return self._passes(constructor(STRATEGIES[entry.strategy][0], entry.options))
+        return self.passes_of(constructor(STRATEGIES[entry.strategy][0], entry.options))
 
-    def _passes(self, strategy: functools.partial) -> tuple[Callable[[], float], dict[str, Any]]:
+    def passes_of(self, strategy: functools.partial) -> tuple[Callable[[], float], dict[str, Any]]:
+        """The passes of a strategy with its towers, and facts."""
         import jax
         import jax.numpy as jnp
         from flax import nnx

@@ -16,7 +16,7 @@ from mtl_jax.report import statistics
 from mtl_jax.report.folder import RunFolder, config_hash, run_id
 from mtl_jax.report.statistics import LEVEL
 from mtl_jax.run import PLAIN_WIDTH, run
-from mtl_jax.run_config import check_config
+from mtl_jax.run_config import COMMAND_KEYS, check_config
 
 RESULT = "cross_validation.json"
 SEALED = "cross-validation: every fold is cut out of train and valid, and the test part is kept for the final choice"
@@ -55,8 +55,7 @@ def cross_validate(
       Interrupted: ``should_stop`` said so.
       MtlJaxError: As :func:`mtl_jax.run.run`; finished folds stay finished.
     """
-    config = plain(config)
-    config.pop("summary", None)  # for the command line alone
+    config = {key: value for key, value in plain(config).items() if key not in COMMAND_KEYS}
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     check_config(config)
     count = config["folds"]

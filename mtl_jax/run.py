@@ -17,7 +17,7 @@ from mtl_jax.report.gates import plot_gates
 from mtl_jax.report.plot import plot_run
 from mtl_jax.report.terminal import print_result
 from mtl_jax.report.warned import warnings_kept
-from mtl_jax.run_config import WATCH_KEYS, build_model, build_parts, check_config
+from mtl_jax.run_config import COMMAND_KEYS, WATCH_KEYS, build_model, build_parts, check_config
 from mtl_jax.summary import print_summary
 from mtl_jax.train import fit
 from mtl_jax.watch import observe
@@ -54,8 +54,7 @@ def run(
       Interrupted: ``should_stop`` said so; the record then says ``interrupted``.
       MtlJaxError: What the user can mend; the record then says ``failed``, and checkpoints stay.
     """
-    config = plain(config)
-    config.pop("summary", None)  # for the command line alone
+    config = {key: value for key, value in plain(config).items() if key not in COMMAND_KEYS}
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     check_config(config)
     if config["folds"] is not None:

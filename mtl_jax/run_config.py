@@ -26,6 +26,8 @@ KEYS = (
     "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "history", "towers",
     "training", "match_parameters", "seed", "folds", "allow", "output_dir",
 )  # fmt: skip
+COMMAND_KEYS = ("summary",)
+"""What the command line reads itself, and no run has."""
 TRAINER_KEYS = (
     "epochs", "batch_size", "patience", "monitor", "tables", "steps_per_call", "checkpoint_seconds",
     "micro_batches", "precision", "average", "order_seed", *WATCH_KEYS,
@@ -40,7 +42,7 @@ OPTION_KEYS = tuple(field.name for field in dataclasses.fields(BalancingOptions)
 def check_config(config: Mapping[str, Any]) -> None:
     """Raises a ConfigError for sections, keys and plain values that no run can have; nothing is built or read."""
     check_sections(config, KEYS, NODES)
-    check_keys(config, KEYS)
+    check_keys(config, (*KEYS, *COMMAND_KEYS))
     for place, keys in (("trainer", TRAINER_KEYS), ("parallel", PARALLEL_KEYS)):
         check_sections(config[place], keys, place=place)
         check_keys(config[place], keys, place=place)

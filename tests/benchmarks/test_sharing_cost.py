@@ -198,7 +198,7 @@ def test_a_penalty_of_a_strategy_is_in_its_loss(quick_compilation):
     for penalty in (0.0, 1e6):
         passes = sharing_worker.Passes(sharing_worker.Case(("mmoe",), None, 16, 2))
         strategy = sharing_worker.constructor("DSelectK", {"num_experts": 3, "expert_units": (4,), "entropy": penalty})
-        losses[penalty] = passes._passes(strategy)[0]()
+        losses[penalty] = passes.passes_of(strategy)[0]()
     assert losses[1e6] > 1e3 > losses[0.0]
 
 

@@ -41,6 +41,18 @@ def check_arguments(
             raise ConfigError(f"{place}.{name} is {shown(value)}; expected {_words(hint)}. Change {place}.{name}")
 
 
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Name -> parameter, of a function, a class or a partial of either; what the partial has bound is left out."""
+    bound: set[str] = set()
+    while isinstance(function, functools.partial):
+        function, bound = function.func, bound | set(function.keywords)
+    if not inspect.isclass(function):
+        found = inspect.signature(function).parameters
+    else:  # a metaclass may hide the constructor's own signature
+        found = {name: p for name, p in inspect.signature(function.__init__).parameters.items() if name != "self"}
+    return {name: parameter for name, parameter in found.items() if name not in bound}
+
+
 def check_fields(record: Any, place: str, *, free: Sequence[str] = ()) -> None:
     """Raises a SchemaError for a field of a dataclass that is not of its annotated type, not finite, or empty text.
 

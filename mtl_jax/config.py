@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtl_jax.arguments import check_arguments, shown
+from mtl_jax.arguments import check_arguments, parameters_of, shown
 from mtl_jax.errors import ConfigError, MtlJaxError
 
 ROOMS = ("mtl_jax.balancing", "mtl_jax.data", "mtl_jax.nn", "mtl_jax.sharing", "mtl_jax.train")
@@ -174,21 +174,13 @@ def _locate(place: str, name: str) -> Any:
 
 
 def _check_options(place: str, target: Any, options: Sequence[str]) -> None:
-    parameters = _parameters(target)
+    parameters = parameters_of(target)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for option in options:
         # Words that steer Hydra (_recursive_, _convert_) are never passed on, not even to **options.
         if not isinstance(option, str) or option.startswith("_") or (option not in parameters and not open_ended):
             valid = [name for name in parameters if name not in ("rngs", "schema")]
             raise ConfigError(f"{place} has option '{option}'; expected one of {valid}. Remove or rename it")
-
-
-@functools.cache
-def _parameters(target: Any) -> Mapping[str, inspect.Parameter]:
-    if not inspect.isclass(target):
-        return inspect.signature(target).parameters
-    # a metaclass may hide the constructor's own signature
-    return {name: p for name, p in inspect.signature(target.__init__).parameters.items() if name != "self"}
 
 
 def _make(node: Any, place: str) -> Any:

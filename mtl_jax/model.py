@@ -1,7 +1,9 @@
 """MultiTaskModel: tables, encoder, sharing strategy and towers, composed for a schema."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as ListOf
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mtl_jax.arguments import parameters_of
 from mtl_jax.data.schema import Categorical, Feature, MultiHot, Numeric, Schema, Sequence
 from mtl_jax.errors import ConfigError, SchemaError
 from mtl_jax.nn import Context, Cutpoints, Dispersion, Encoder, Lookup, Mean, Table, Tower, stream
-from mtl_jax.sharing import SharedBottom
+from mtl_jax.sharing import Link, Linked, SharedBottom
 from mtl_jax.tasks import Task
 
 OUTPUTS = "outputs"
 """Where the parameters of a task's loss lie, beside its tower."""
+TASK, LINKED = "task", "linked"
 ENCODING = ("encoder", "histories")
 """Where the layers lie that make the strategy's input, beside the tables."""
 
@@ -37,6 +41,20 @@ class Inputs(NamedTuple):
     weight: Float[Array, " batch"] | None
 
 
+class LinkedCommon(NamedTuple):
+    """The cut, where a link ties tasks.
+
+    Attributes:
+      sharing: The cut of the strategy.
+      logits: Tower -> logits, of the towers that several tasks read.
+      representations: Task -> representation, of those that further towers read beside a shared one.
+    """
+
+    sharing: Any
+    logits: dict[str, Float[Array, " batch"]]
+    representations: dict[str, Float[Array, "batch hidden"]]
+
+
 class MultiTaskModel(nnx.Module):
     """The whole network. Its output is one array of logits (or standardised predictions) a task.
 
@@ -49,16 +67,21 @@ class MultiTaskModel(nnx.Module):
         ``needs_target`` also reads the first categorical feature of the same vocabulary.
       sharing: ``(in_features, tasks, *, rngs) -> Strategy``.
       towers: ``(in_features, out_features, *, rngs) -> module``, once per task; with ``use_bias=False`` for ordinal ones.
-      link: None. The place of what will tie tasks together at their logits (ESMM and its like); there is none yet.
+      link: ``tasks -> Link``: what ties tasks together at their logits (ESMM and its like); none by default, but where the
+        strategy brings one (ResFlow, AITM).
+      prior: Names of the features whose embeddings the strategy's gates read beside its input (``context.prior``), for a
+        strategy that does; None: user and item.
       rngs: Initialisation. Every part draws from a stream named after it, so a task starts from the same tower and
         private tables whatever the other tasks are.
 
     Raises:
       SchemaError: There is no feature, a name of a task or vocabulary has a slash, or a history lacks what it compares
         with.
+      ConfigError: The strategy needs domains or a prior that the data lack, or the link cannot tie these tasks.
 
     Labels: ``tables`` are ``embedding``; under ``task/<name>`` (towers, parameters of its loss, private tables, a
-    strategy's own parts) that task's; the rest ``shared``.
+    strategy's own parts) that task's; the rest ``shared``. Where a link makes the losses of other tasks reach a tower, the
+    paths of that task's parts say ``linked/<name>``, and they are shared.
 
     Example:
       >>> import functools
@@ -82,12 +105,11 @@ class MultiTaskModel(nnx.Module):
         history: Callable[..., nnx.Module] = Mean,
         sharing: Callable[..., nnx.Module] = SharedBottom,
         towers: Callable[..., nnx.Module] = Tower,
-        link: None = None,
+        link: Callable[..., Link] = Link,
+        prior: ListOf[str] | None = None,
         rngs: nnx.Rngs,
     ):
         _check(schema)
-        if link is not None:
-            raise ConfigError(f"link is {link!r}; expected None, because this version has no links. Leave it out")
         key = rngs.params()
         self.features = tuple(f for f in schema.features if not isinstance(f, Numeric))
         self.task_names = schema.task_names
@@ -96,7 +118,15 @@ class MultiTaskModel(nnx.Module):
             return encoder(len(self.features), len(schema.dense_names), rngs=_rngs(key, f"{owner}encoder"))
 
         shared_encoder = encoded("")
-        self.sharing = sharing(shared_encoder.out_features, self.task_names, rngs=_rngs(key, "sharing"))
+        self.prior = _prior(prior, schema)
+        given = {"num_domains": len(schema.domains), "prior_features": len(self.prior) * shared_encoder.embedding_dim}
+        parameters = parameters_of(sharing)
+        asked = {name: given[name] for name in given if name in parameters}
+        _check_given({name: asked[name] for name in asked if parameters[name].default is inspect.Parameter.empty})
+        self.link = link(self.task_names)
+        towered = self.link.towers
+        self.sharing = sharing(shared_encoder.out_features, towered, **asked, rngs=_rngs(key, "sharing"))
+        self.link = _link(self.link, self.sharing, schema)
 
         def tables(owner: str) -> nnx.Dict:
             return nnx.Dict(
@@ -112,9 +142,9 @@ class MultiTaskModel(nnx.Module):
                 }
             )
 
-        def tower(task: Task) -> nnx.Module:
+        def tower(task: Task, where: str) -> nnx.Module:
             options = {"use_bias": False} if task.kind == "ordinal" else {}
-            return towers(self.sharing.out_features, task.width, **options, rngs=_rngs(key, f"{task.name}/tower"))
+            return towers(self.sharing.out_features, task.width, **options, rngs=_rngs(key, where))
 
         private = self.sharing.private_tables
 
@@ -132,7 +162,7 @@ class MultiTaskModel(nnx.Module):
                     )
             return nnx.Dict(found)
 
-        if not private:
+        if not private or self.sharing.shared_tables:
             self.tables, self.encoder, self.histories = tables("shared"), shared_encoder, histories("")
 
         def own(task: Task) -> nnx.Dict:
@@ -140,7 +170,10 @@ class MultiTaskModel(nnx.Module):
             if private:
                 names = tables(task.name), encoded(f"{task.name}/"), histories(f"{task.name}/")
                 inputs = dict(zip(("tables", "encoder", "histories"), names, strict=True))
-            return nnx.Dict({"tower": tower(task)} | _loss_parameters(task) | inputs)
+            further = {name: f"{task.name}/{name}" for name, of in self.link.extra.items() if of == task.name}
+            towers = {"tower": tower(task, f"{task.name}/tower")} if task.name in self.link.towers else {}
+            towers |= {name: tower(task, where) for name, where in further.items()}
+            return nnx.Dict(towers | _loss_parameters(task) | inputs)
 
         self.task = nnx.Dict({task.name: own(task) for task in schema.tasks})
 
@@ -161,18 +194,35 @@ class MultiTaskModel(nnx.Module):
 
     def common(self, inputs: Inputs, context: Context = Context()) -> Any:
         """The cut: everything that the heads read from tables, encoder and shared parameters."""
-        context = context._replace(domain=inputs.domain, weight=inputs.weight)
-        return self.sharing.common(self._encoded(inputs, context), context.stream("sharing"))
+        context = self._with(inputs, context)
+        cut = self.sharing.common(self._encoded(inputs, context), context.stream("sharing"))
+        if type(self.link) is Link:
+            return cut
+        logits = {task: self._tower(task, cut, context) for task in (*self.link.shared, *self.link.detached)}
+        logits |= {task: jax.lax.stop_gradient(logits[task]) for task in self.link.detached}
+        of = set(self.link.extra.values()) & set(self.link.shared)
+        return LinkedCommon(cut, logits, {task: self.sharing.head(task, cut) for task in sorted(of)})
 
     def gates(self, batch: Mapping[str, Any]) -> dict[str, Float[Array, "..."]]:
         """What the strategy's gates, masks and stitches weigh for a batch (see :meth:`mtl_jax.sharing.Strategy.gates`)."""
         inputs = self.inputs(batch)
-        context = Context(domain=inputs.domain, weight=inputs.weight)
+        context = self._with(inputs, Context())
         return self.sharing.gates(self._encoded(inputs, context), context)
+
+    def _with(self, inputs: Inputs, context: Context) -> Context:
+        """The context with what the batch says of its rows."""
+        prior = [inputs.lookups[name](self.tables[self._vocabulary(name)].rows[...]) for name in self.prior]
+        prior = jnp.concatenate(prior, axis=-1) if prior else None
+        return context._replace(domain=inputs.domain, weight=inputs.weight, prior=prior)
+
+    def _vocabulary(self, feature: str) -> str:
+        return next(f.vocabulary for f in self.features if f.name == feature)
 
     def _encoded(self, inputs: Inputs, context: Context) -> Float[Array, "batch *task in"]:
         """The strategy's input."""
-        owners = [self.task[name] for name in self.task_names] if self.sharing.private_tables else [self]
+        owners = [self.task[name] for name in self.sharing.tasks] if self.sharing.private_tables else [self]
+        if self.sharing.private_tables and self.sharing.shared_tables:
+            owners.append(self)
         encoded = [
             owner.encoder(
                 [self._value(f, owner, inputs, context) for f in self.features],
@@ -196,15 +246,56 @@ class MultiTaskModel(nnx.Module):
 
     def _target(self, sequence: str) -> str | None:
         """The categorical feature that says which item is scored."""
-        (vocabulary,) = (f.vocabulary for f in self.features if f.name == sequence)
+        vocabulary = self._vocabulary(sequence)
         found = (f.name for f in self.features if isinstance(f, Categorical) and f.vocabulary == vocabulary)
         return next(found, None)
 
     def head(self, task: str, common: Any, context: Context = Context()) -> Float[Array, "batch *out"]:
         """Outputs of one task, from the cut: those of its tower, then what the parameters of its loss make of them."""
-        own = self.task[task]
-        outputs = own.tower(self.sharing.head(task, common), context.stream(f"{task}/tower"))
+        if type(self.link) is Link:
+            outputs, own = self._tower(task, common, context), self.task[task]
+            return own[OUTPUTS](outputs) if OUTPUTS in own else outputs
+        outputs, own = self.linked((task,), common, context).logits[task], self.task[task]
         return own[OUTPUTS](outputs) if OUTPUTS in own else outputs
+
+    def linked(
+        self,
+        tasks: ListOf[str],
+        common: LinkedCommon,
+        context: Context = Context(),
+        labels: Mapping[str, Array] | None = None,
+        weight: Mapping[str, Array] | None = None,
+    ) -> Linked:
+        """What the link makes of the towers that some tasks read (see :class:`mtl_jax.sharing.Link`)."""
+        read = {name for task in tasks for name in self.link.reads[task]}
+        logits = {name: common.logits[name] for name in sorted(read & set(common.logits))}
+        for name in sorted(read - set(self.link.shared)):
+            if name in self.link.extra:
+                of = self.link.extra[name]
+                z = (
+                    common.representations[of]
+                    if of in common.representations
+                    else self.sharing.head(of, common.sharing)
+                )
+                logits[name] = self.task[of][name](z, context.stream(f"{of}/{name}"))
+            elif name in tasks or name not in logits:
+                logits[name] = self._tower(name, common.sharing, context)
+        return self.link(logits, labels, weight)
+
+    def row_penalties(
+        self, common: Any, context: Context, batch: Mapping[str, Any]
+    ) -> dict[tuple[str, ...], Float[Array, " batch"]]:
+        """Penalties on rows: of the strategy, keyed by (), and of the link, keyed by tasks to be observed there."""
+        own = self.sharing.row_regulariser(common if type(self.link) is Link else common.sharing)
+        found = {} if own is None else {(): own}
+        if self.link.penalised:
+            tasks = sorted({task for names in self.link.penalised for task in names})
+            found |= self.linked(tasks, common, context, batch["labels"], batch["mask"]).aux
+        return found
+
+    def _tower(self, task: str, common: Any, context: Context) -> Float[Array, "batch *out"]:
+        """Outputs of a task's tower, from the cut of the strategy."""
+        return self.task[task]["tower"](self.sharing.head(task, common), context.stream(f"{task}/tower"))
 
     def __call__(self, batch: Mapping[str, Any], context: Context = Context()) -> dict[str, Float[Array, "batch *out"]]:
         """Outputs of all tasks for a batch (see :func:`mtl_jax.data.batching.as_batch`)."""
@@ -216,6 +307,47 @@ def _loss_parameters(task: Task) -> dict[str, nnx.Module]:
     if task.kind == "ordinal":
         return {OUTPUTS: Cutpoints(task.frequencies or (1 / task.num_classes,) * task.num_classes)}
     return {OUTPUTS: Dispersion()} if task.loss == "negative_binomial" else {}
+
+
+def _prior(names: ListOf[str] | None, schema: Schema) -> tuple[str, ...]:
+    """Features whose embeddings are the prior."""
+    known = [f.name for f in schema.categoricals]
+    if names is None:
+        return tuple(name for name in (schema.user, schema.item) if name in known)
+    if unknown := sorted(set(names) - set(known)):
+        raise ConfigError(f"prior names {unknown}; expected categorical features of {known}. Change it")
+    return tuple(names)
+
+
+def _check_given(asked: Mapping[str, int]) -> None:
+    """What a strategy asks for has to be there."""
+    if asked.get("num_domains") == 0:
+        raise ConfigError(
+            "the sharing strategy tells domains apart and the data have none; expected data with domains. Name their "
+            "column (data.domain), or choose another sharing"
+        )
+    if asked.get("prior_features") == 0:
+        raise ConfigError(
+            "the sharing strategy reads embeddings of user and item and the data have neither as a feature; expected one. "
+            "Name features in prior=[...], or choose another sharing"
+        )
+
+
+def _link(link: Link, sharing: nnx.Module, schema: Schema) -> Link:
+    """The link of a model: the one that was asked for, or that of the strategy."""
+    own, kind = sharing.link(), type(link).__name__
+    if own is not None and type(link) is not Link:
+        raise ConfigError(
+            f"'{type(sharing).__name__}' ties tasks by itself, and link is {kind}; expected none. Set link=none"
+        )
+    if type(link) is not Link and sharing.private_tables:
+        raise ConfigError(
+            f"link {kind} ties towers and '{type(sharing).__name__}' gives each task tables of its own; expected shared "
+            "tables. Set sharing.share_embeddings=true, or another sharing"
+        )
+    link = link if own is None else own(link.tasks)
+    link.check({task.name: (task.kind, task.space) for task in schema.tasks})
+    return link
 
 
 def _check(schema: Schema) -> None:
@@ -232,14 +364,30 @@ def _rngs(key: jax.Array, name: str) -> nnx.Rngs:
     return nnx.Rngs(params=stream(key, name))
 
 
+def path_name(path: tuple, model: nnx.Module) -> str:
+    """The ``/``-joined name of an array, from which its label is read.
+
+    What lies under ``task/<name>`` is there called ``linked/<name>`` where the losses of other tasks reach it, through the
+    model's link or because the strategy reads the tables of a task for all.
+    """
+    parts = [str(part) for part in path]
+    link = getattr(model, "link", None)
+    if isinstance(link, Link) and TASK in parts[:-1]:
+        place = parts.index(TASK)
+        reached = parts[place + 1] in link.shared and not set(parts) & set(link.extra)
+        if reached or (model.sharing.reads_all_tables and parts[place + 2] in ("tables", *ENCODING)):
+            parts[place] = LINKED
+    return "/".join(parts)
+
+
 def label(path: str) -> str:
     """The label of a parameter, from its path: ``embedding``, ``shared``, ``task/<name>`` or ``aux/<name>``."""
     parts = path.split("/")
-    if parts[0] == "tables":  # first, because a vocabulary may be named 'task'
+    if parts[0] == "tables" or (parts[0] == LINKED and is_table(path)):  # first: a vocabulary may be named 'task'
         return "embedding"
     if parts[0] in ENCODING:  # a feature may be so named too
         return "shared"
-    for kind in ("task", "aux"):
+    for kind in (TASK, "aux"):
         if kind in parts[:-1]:
             return f"{kind}/{parts[parts.index(kind) + 1]}"
     return "shared"
@@ -256,7 +404,7 @@ def is_table(path: str) -> bool:
 def of_encoder(path: str) -> bool:
     """Whether the path is in an encoder or a history, the shared ones or a task's."""
     parts = path.split("/")
-    return parts[0] in ENCODING or (len(parts) > 3 and parts[0] == "task" and parts[2] in ENCODING)
+    return parts[0] in ENCODING or (len(parts) > 3 and parts[0] in (TASK, LINKED) and parts[2] in ENCODING)
 
 
 @functools.cache

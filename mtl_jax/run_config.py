@@ -14,7 +14,7 @@ from mtl_jax.config import arguments_of, build, check_keys, check_sections
 from mtl_jax.data.dataset import Dataset
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel, is_table
-from mtl_jax.sharing import Strategy, match_parameters
+from mtl_jax.sharing import Link, Strategy, match_parameters
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, fit
 from mtl_jax.train.parallel import Devices
 from mtl_jax.train.stages import check_training
@@ -24,7 +24,7 @@ from mtl_jax.watch import check_options
 
 KEYS = (
     "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "history", "towers",
-    "training", "match_parameters", "seed", "folds", "allow", "output_dir",
+    "link", "prior", "training", "match_parameters", "seed", "folds", "allow", "output_dir",
 )  # fmt: skip
 COMMAND_KEYS = ("summary",)
 """What the command line reads itself, and no run has."""
@@ -33,8 +33,8 @@ TRAINER_KEYS = (
     "micro_batches", "precision", "average", "order_seed", *WATCH_KEYS,
 )  # fmt: skip
 PARALLEL_KEYS = ("strategy", "devices")
-NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "history", "towers")
-MODEL_PARTS = {"encoder": nnx.Module, "history": nnx.Module, "sharing": Strategy, "towers": nnx.Module}
+NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "history", "towers", "link")
+MODEL_PARTS = {"encoder": nnx.Module, "history": nnx.Module, "sharing": Strategy, "towers": nnx.Module, "link": Link}
 MAX_SEED = 2**32 - 1
 OPTION_KEYS = tuple(field.name for field in dataclasses.fields(BalancingOptions))
 
@@ -57,6 +57,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_arguments(fit, config["parallel"], place="parallel", names={"strategy": "parallel"})
     devices_of(config)
     check_training(config["training"])
+    if config["prior"] is not None and not (
+        isinstance(config["prior"], list) and all(isinstance(name, str) for name in config["prior"])
+    ):
+        raise ConfigError(f"prior is {shown(config['prior'])}; expected a list of features, or null. Change it")
     if config["match_parameters"] is not None:
         check_count(config["match_parameters"], "match_parameters", most=2**31)
     check_count(config["seed"], "seed", least=0, most=MAX_SEED)
@@ -91,12 +95,13 @@ def build_parts(config: Mapping[str, Any]) -> dict[str, Any]:
 def build_model(config: Mapping[str, Any], dataset: Dataset) -> MultiTaskModel:
     """The model that a configuration describes, for a data set; its seed gives the initial values."""
     parts = {name: build(config[name], allow=config["allow"], place=name) for name in MODEL_PARTS}
+    prior = {"prior": config["prior"]}
     if (target := config["match_parameters"]) is not None:
 
         def count(sharing: functools.partial) -> int:
             """Parameters of the whole model without its tables."""
             model = nnx.eval_shape(
-                lambda: MultiTaskModel(dataset.schema, **parts | {"sharing": sharing}, rngs=nnx.Rngs(0))
+                lambda: MultiTaskModel(dataset.schema, **parts | {"sharing": sharing}, **prior, rngs=nnx.Rngs(0))
             )
             sizes = {
                 "/".join(map(str, path)): leaf.size for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -104,7 +109,7 @@ def build_model(config: Mapping[str, Any], dataset: Dataset) -> MultiTaskModel:
             return sum(size for path, size in sizes.items() if not is_table(path))
 
         parts["sharing"] = match_parameters(parts["sharing"], target, count)
-    return MultiTaskModel(dataset.schema, **parts, rngs=nnx.Rngs(config["seed"]))
+    return MultiTaskModel(dataset.schema, **parts, **prior, rngs=nnx.Rngs(config["seed"]))
 
 
 def _built(config: Mapping[str, Any], key: str, kind: type | tuple[type, ...]) -> Any:

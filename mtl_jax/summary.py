@@ -24,7 +24,7 @@ def print_summary(model: MultiTaskModel, data: Mapping[str, Any], console: Conso
       console: Where to.
     """
     functional, params, rest = Functional.of(model)
-    console.print(_tree(model, params))
+    console.print(_tree(model, functional.paths, params))
     counts = count_parameters(params)
     table = Table("parameters", *(name for name in counts if counts[name] or name == "total"), box=None)
     table.add_row("", *(f"{count:,}" for name, count in counts.items() if count or name == "total"))
@@ -33,19 +33,20 @@ def print_summary(model: MultiTaskModel, data: Mapping[str, Any], console: Conso
         console.print(f"one forward pass: {flops:,.0f} floating-point operations an example")
 
 
-def _tree(model: MultiTaskModel, params: Mapping[str, jax.Array]) -> Tree:
+def _tree(model: MultiTaskModel, paths: Mapping[str, tuple], params: Mapping[str, jax.Array]) -> Tree:
+    names = {"/".join(map(str, paths[name])): name for name in params}  # as they lie in the module
     nodes = {"": Tree(_line(type(model).__name__, params))}
-    for path, array in params.items():
-        parts = path.split("/")
+    for path, name in names.items():
+        array, parts = params[name], path.split("/")
         for depth in range(1, len(parts)):
             inner = "/".join(parts[:depth])
             if inner not in nodes:
-                below = {name: value for name, value in params.items() if name.startswith(f"{inner}/")}
+                below = {one: params[name] for one, name in names.items() if one.startswith(f"{inner}/")}
                 outer = nodes["/".join(parts[: depth - 1])]
                 kind = type(_at(model, parts[:depth])).__name__
                 nodes[inner] = outer.add(_line(parts[depth - 1], below, "" if kind in ("Dict", "List") else kind))
         shape = "x".join(map(str, array.shape)) or "number"
-        nodes["/".join(parts[:-1])].add(Text.assemble(f"{parts[-1]} ", (shape, "cyan"), (f"  {label(path)}", "dim")))
+        nodes["/".join(parts[:-1])].add(Text.assemble(f"{parts[-1]} ", (shape, "cyan"), (f"  {label(name)}", "dim")))
     return nodes[""]
 
 

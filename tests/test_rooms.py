@@ -21,7 +21,7 @@ ALLOWED = {
     "metrics": ("errors", "tasks"),
     "balancing": ("errors",),
     "sharing": ("errors", "arguments", "nn"),
-    "model": ("errors", "tasks", "data", "nn", "sharing"),
+    "model": ("errors", "arguments", "tasks", "data", "nn", "sharing"),
     "train": ("errors", "arguments", "tasks", "data", "nn", "losses", "metrics", "balancing", "sharing", "model"),
     "analysis": ("errors", "arguments", "balancing"),
     "report": ("errors", "tasks", "metrics"),

@@ -18,6 +18,7 @@ class Context(NamedTuple):
       step: Number of finished updates; drives schedules.
       rngs: Key of this step and of the rows of this device; required when ``train`` and something random is on.
       step_rngs: Key of this step that is the same for all rows on all devices.
+      axis: Named axis of devices that statistics of the batch are summed over; None where the batch is whole.
     """
 
     train: bool = False
@@ -27,6 +28,7 @@ class Context(NamedTuple):
     step: Int[Array, ""] | None = None
     rngs: PRNGKeyArray | None = None
     step_rngs: PRNGKeyArray | None = None
+    axis: str | None = None
 
     def stream(self, name: str) -> "Context":
         """The same context with independent keys, derived from the name and not from the order of calls."""

@@ -1,14 +1,16 @@
 """Strategy: the contract of every sharing strategy, and what several of them need."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.nn import Context, stream
 
-__all__ = ["Context", "SharedParameters", "Strategy", "by_task", "head_context"]
+__all__ = ["Context", "Kept", "SharedParameters", "Strategy", "by_task", "head_context"]
 
 
 class Strategy(nnx.Module):
@@ -21,6 +23,11 @@ class Strategy(nnx.Module):
     for the heads) are constants of the step. Shared parameters that heads apply to features of their own are handed on
     in the cut (:class:`SharedParameters`).
 
+    A strategy whose constructor takes ``num_domains`` is given the number of the data's domains, and reads
+    ``context.domain``; one that takes ``prior_features`` is given the width of ``context.prior``, the embeddings of the
+    user and of the item. What training changes without a gradient (running moments, centres) is
+    :class:`mtl_jax.nn.State`.
+
     Labels are structural: what lies under an attribute ``task[<name>]`` is that task's, the rest is shared. A parameter is
     a task's own exactly if no other task's output depends on it; "task-specific" parts of a paper often are not.
 
@@ -28,6 +35,8 @@ class Strategy(nnx.Module):
       tasks: Task names.
       out_features: Width of every task's representation.
       private_tables: Whether every task has its own set of tables; x is then ``[batch, task, in]``.
+      shared_tables: Whether there is a shared set beside the private ones; it is then the last of x.
+      reads_all_tables: Whether all tasks train the private tables of each, which then count as shared.
       widths: Names of the constructor's arguments that are widths of layers, of experts and networks, which
         :func:`mtl_jax.sharing.match_parameters` scales.
     """
@@ -35,6 +44,8 @@ class Strategy(nnx.Module):
     tasks: tuple[str, ...]
     out_features: int
     private_tables: bool = False
+    shared_tables: bool = False
+    reads_all_tables: bool = False
     widths: tuple[str, ...] = ("units",)
 
     def common(self, x: Float[Array, "batch *task in"], context: Context = Context()) -> Any:
@@ -44,6 +55,10 @@ class Strategy(nnx.Module):
     def head(self, task: str, common: Any) -> Float[Array, "batch hidden"]:
         """The representation of one task, from the cut."""
         raise TypeError(f"{type(self).__name__} has no method 'head'; a strategy needs 'common' and 'head'")
+
+    def link(self) -> Callable[..., nnx.Module] | None:
+        """The link that belongs to the method, ``tasks -> Link``; it takes the place of none. None: it has none."""
+        return None
 
     def regulariser(self) -> Float[Array, ""] | float:
         """A penalty on the parameters, added to the objective with factor 1 after balancing."""
@@ -84,6 +99,36 @@ class SharedParameters(NamedTuple):
     """
 
     values: PyTree[Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What of the context heads need that normalise by moments of the batch, as a part of the cut.
+
+    Attributes:
+      key: Of this step and device; None in evaluation.
+      weight: Row weights, or None.
+      domain: Domain ids, or None.
+      train: As in the context.
+      axis: As in the context.
+    """
+
+    key: PRNGKeyArray | None
+    weight: Float[Array, " batch"] | None
+    domain: Int[Array, " batch"] | None
+    train: bool = dataclasses.field(metadata={"static": True})
+    axis: str | None = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, context: Context) -> "Kept":
+        weight = None if context.weight is None else jax.lax.stop_gradient(context.weight)
+        return cls(context.rngs, weight, context.domain, context.train, context.axis)
+
+    def context(self, name: str) -> Context:
+        """The context of the layers of that name."""
+        kept = {"train": self.train, "axis": self.axis, "weight": self.weight, "domain": self.domain}
+        return Context(rngs=self.key, **kept).stream(name)
 
 
 def by_task(tasks: Sequence[str], make: Callable[[str, nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Dict:

@@ -46,13 +46,11 @@ def match_parameters(
       (4960, (81, 40), 4981)
     """
     kind = strategy.func
-    given = {name: strategy.keywords.get(name, _default(kind, name)) for name in getattr(kind, "widths", ())}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
+    if not _widths(strategy):
         raise ConfigError(f"'{kind.__name__}' names no widths; expected a strategy with the attribute 'widths'. Add it")
 
     def scaled(factor: float) -> functools.partial:
-        return functools.partial(strategy, **{name: _scaled(value, factor, name) for name, value in given.items()})
+        return _with_widths(strategy, factor)
 
     @functools.cache
     def number(factor: float) -> int:
@@ -85,11 +83,25 @@ def number_of_parameters(strategy: Callable[..., nnx.Module], in_features: int, 
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
+def _widths(strategy: functools.partial) -> dict[str, Any]:
+    """What of a strategy is scaled: argument -> its value."""
+    kind = strategy.func
+    found = {name: strategy.keywords.get(name, _default(kind, name)) for name in getattr(kind, "widths", ())}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _with_widths(strategy: functools.partial, factor: float) -> functools.partial:
+    widths = _widths(strategy)
+    return functools.partial(strategy, **{name: _scaled(value, factor, name) for name, value in widths.items()})
+
+
 def _default(kind: type, name: str) -> Any:
     return kind.__init__.__kwdefaults__[name]
 
 
 def _scaled(value: Any, factor: float, name: str) -> Any:
+    if callable(value):  # a strategy inside
+        return _with_widths(functools.partial(value), factor)
     if isinstance(value, list | tuple):
         return tuple(_scaled(one, factor, name) for one in value)
     width = max(1, round(factor * value))

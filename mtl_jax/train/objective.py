@@ -55,6 +55,7 @@ class Objective:
         batch: Mapping[str, Any],
         total: Float[Array, ""] | None = None,
         key: PRNGKeyArray | None = None,
+        elements: Float[Array, " batch"] | None = None,
     ) -> "TaskLoss":
         """The loss of one task on a batch.
 
@@ -65,10 +66,12 @@ class Objective:
           total: D_k of the whole step, where the batch is a part of it: the losses of the parts then add up to the loss
             of the step. By default the batch is the step.
           key: For losses that sample.
+          elements: Losses of the rows, where they are not those of the task (see :class:`mtl_jax.sharing.Linked`).
         """
         scale = _scale(task, batch)
         # A row of weight 0 (padding) counts as unobserved: its label must not reach the loss either.
-        elements = losses.element_losses(task, outputs, batch["labels"][task.name], scale > 0, key=key)
+        if elements is None:
+            elements = losses.element_losses(task, outputs, batch["labels"][task.name], scale > 0, key=key)
         numerator, denominator = jnp.sum(scale * elements), jnp.sum(scale)
         loss = numerator
         if self.reduction == "mean":

@@ -173,6 +173,7 @@ class Setup:
 
     def build(self, member: Member, stage: Stage, model: MultiTaskModel, start: int = 0) -> tuple[Step, TrainState]:
         """The step of a stage, and the state before it, from the values of ``model`` after ``start`` steps."""
+        model.link.check_labels(self.data.train.labels, self.data.train.mask)
         return Step.of(
             model,
             self.data.schema.tasks,

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from mtl_jax.model import MultiTaskModel, label
+from mtl_jax.model import MultiTaskModel, label, path_name
+from mtl_jax.nn import State
 
 Params = dict[str, Array]
 
@@ -54,25 +55,35 @@ class Functional:
       graphdef: The static part.
       paths: ``/``-joined path -> path of the array inside the module.
       param_paths: The paths that are trained.
+      state_paths: The paths of what a module assigns itself while it trains (:class:`mtl_jax.nn.State`).
     """
 
     graphdef: Any
     paths: Mapping[str, tuple] = dataclasses.field(compare=False)  # follow from the static part
     param_paths: tuple[str, ...]
+    state_paths: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: MultiTaskModel) -> tuple["Functional", Params, Params]:
         """The static part, the trained arrays and the other arrays. The arrays are copies: a donated state owns them."""
-        graphdef, trained, rest = nnx.split(model, nnx.Param, ...)
-        trained, rest = _by_path(trained), _by_path(rest)
-        paths = {_join(path): path for path in (*trained, *rest)}
-        trained, rest = ({_join(path): jnp.copy(array) for path, array in arrays.items()} for arrays in (trained, rest))
-        return cls(graphdef, paths, tuple(trained)), trained, rest
+        graphdef, *parts = nnx.split(model, nnx.Param, State, ...)
+        trained, moved, rest = map(_by_path, parts)
+        names = {path: path_name(path, model) for part in (trained, moved, rest) for path in part}
+        paths = {name: path for path, name in names.items()}
+        trained, moved, rest = (
+            {names[path]: jnp.copy(array) for path, array in arrays.items()} for arrays in (trained, moved, rest)
+        )
+        return cls(graphdef, paths, tuple(trained), tuple(moved)), trained, moved | rest
 
     def merge(self, *arrays: Params) -> MultiTaskModel:
         """The module with these arrays; together they must cover every path."""
         flat = {self.paths[path]: array for part in arrays for path, array in part.items()}
         return nnx.merge(self.graphdef, nnx.State(_nest(flat)))
+
+    def states(self, model: MultiTaskModel) -> Params:
+        """Path -> array, of the ``state_paths`` as the module has them now."""
+        arrays = _by_path(nnx.state(model, State))
+        return {path: arrays[self.paths[path]] for path in self.state_paths}
 
 
 def count_parameters(arrays: Mapping[str, Array]) -> dict[str, int]:
@@ -92,10 +103,6 @@ def shapes_of(tree: PyTree) -> tuple:
 
 def _by_path(state: nnx.State) -> dict[tuple, Array]:
     return {path: variable[...] for path, variable in nnx.to_flat_state(state)}
-
-
-def _join(path: tuple) -> str:
-    return "/".join(map(str, path))
 
 
 def _nest(flat: Mapping[tuple, Array]) -> dict:

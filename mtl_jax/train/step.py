@@ -1,6 +1,7 @@
 """The train step: one pure function from (state, batch) to (state, sums)."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from mtl_jax.balancing.reuse import reuse
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import Inputs, MultiTaskModel, is_table, of_loss
 from mtl_jax.nn import Context, stream
-from mtl_jax.sharing import Strategy
+from mtl_jax.sharing import Link, Strategy
 from mtl_jax.tasks import Task
 from mtl_jax.train import average, tables
 from mtl_jax.train.average import RowAverage
@@ -28,7 +29,7 @@ from mtl_jax.train.gradients import (
     scope_template,
     task_losses,
 )
-from mtl_jax.train.objective import Objective
+from mtl_jax.train.objective import Objective, TaskLoss
 from mtl_jax.train.optimizer import Optimizer, clip
 from mtl_jax.train.parallel import total
 from mtl_jax.train.state import Functional, Params, TrainState
@@ -96,6 +97,7 @@ class Step:
       options: Scope and head gradient.
       optimizer: Updates.
       sparse: Vocabulary -> features, for tables of which only the touched rows are updated.
+      link: What ties the tasks; read for what it says of itself, never called.
       micro_batches: Parts that a batch is computed in, one after the other, to bound memory; they divide the batch.
       precision: Type of the network's arithmetic, ``float32`` or ``bfloat16``. Parameters, tables, losses, sums of
         gradients, Gramian, solvers and optimizer stay in float32.
@@ -110,6 +112,7 @@ class Step:
     options: BalancingOptions
     optimizer: Optimizer
     sparse: Mapping[str, tuple[str, ...]]
+    link: Link
     micro_batches: int = 1
     precision: str = "float32"
     average: float | None = None
@@ -168,6 +171,13 @@ class Step:
         params = {path: array for path, array in params.items() if trainable(path)}
         balancer = balancer.for_tasks(tasks)
         check_scope(params, balancer, options, micro_batches)
+        if functional.state_paths and (micro_batches > 1 or acts_on_units(balancer, options)):
+            which = f"balancing '{type(balancer).__name__}' at scope 'representation'"
+            which = f"trainer.micro_batches={micro_batches}" if micro_batches > 1 else which
+            raise ConfigError(
+                f"'{type(model.sharing).__name__}' keeps statistics of whole batches, and {which} computes a batch in "
+                "parts; expected a batch in one. Change it, or choose another sharing"
+            )
         if options.update_every > 1:
             balancer = reuse(balancer, every=options.update_every)
         chosen = {name for name, choice in (table_updates or {}).items() if choice == tables.SPARSE}
@@ -179,7 +189,7 @@ class Step:
         whole = {path: array for path, array in params.items() if path not in by_rows}
         sparse = {name: sparse[name] for name in sparse if name in map(_vocabulary, by_rows)}
         step = cls(
-            functional, tuple(tasks), objective, balancer, options, optimizer, sparse,
+            functional, tuple(tasks), objective, balancer, options, optimizer, sparse, model.link,
             micro_batches=micro_batches, precision=precision, average=average, axis=axis,
         )  # fmt: skip
         rows = {path: params[path] for path in sorted(by_rows)}
@@ -253,6 +263,7 @@ class Step:
                 gradients[path],
                 update,
             )
+        moved = self._moved(problem, state)
         balancer_state = balanced.state
         if self.balancer.observes:
             after = params | {path: table[compacted[_vocabulary(path)].ids] for path, table in new_tables.items()}
@@ -263,6 +274,7 @@ class Step:
         new_state = state._replace(
             step=state.step + proceed,
             params=params,
+            rest=state.rest | select(moved, {path: state.rest[path] for path in moved}),
             opt=select(opt, state.opt),
             tables=new_tables,
             row_opt=row_opt,
@@ -305,31 +317,55 @@ class Step:
 
         def context(part):
             keys = {"rngs": stream(part.key, "model"), "step_rngs": stream(key, "model")}
-            return Context(train=True, step=state.step, **keys)
+            return Context(train=True, step=state.step, axis=self.axis, **keys)
 
         def common(below, part):
             return merged(below).common(part.inputs, context(part))
 
         def head(task: Task):
             def loss(own, cut, part):
-                outputs = merged(own).head(task.name, cut, context(part))
+                model, elements, batch = merged(own), None, part.batch
+                if task.name in model.link.evaluated:  # absent from every step
+                    return TaskLoss(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+                outputs = model.head(task.name, cut, context(part))
+                if task.name in model.link.observed_by:
+                    linked = model.linked((task.name,), cut, context(part), batch["labels"], batch["mask"])
+                    elements = linked.losses[task.name]
                 drawn = stream(part.key, f"loss/{task.name}")
-                return self.objective(task, outputs, part.batch, part.denominators[task.name], drawn)
+                batch = self._observed(model.link, batch)
+                return self.objective(task, outputs, batch, part.denominators[task.name], drawn, elements)
 
             return loss
 
         def row_regulariser(params, part):
-            cut, weight = common(params, part), part.batch["weight"]
-            penalties = merged(params).sharing.row_regulariser(cut)
-            return jnp.vdot(weight, penalties) / jnp.maximum(total(batch["weight"].sum(), self.axis), 1e-12)
+            model, cut = merged(params), common(params, part)
+            penalties = model.row_penalties(cut, context(part), part.batch)
+
+            def scale(tasks, rows):
+                return math.prod([rows["weight"], *(rows["mask"][task] for task in tasks)])
+
+            parts = [
+                jnp.vdot(scale(tasks, part.batch), penalty)
+                / jnp.maximum(total(scale(tasks, batch).sum(), self.axis), 1e-12)
+                for tasks, penalty in penalties.items()
+            ]
+            return sum(parts, jnp.zeros(()))
+
+        def states(part, moved):
+            model = self.functional.merge(self._in_precision(params), self._in_precision(state.rest | moved))
+            cut = model.common(part.inputs, context(part))
+            for task in self.tasks:
+                model.head(task.name, cut, context(part))
+            return self.functional.states(model)
 
         heads = {task.name: head(task) for task in self.tasks}
-        return _Problem(common, heads, row_regulariser, self._rows(inputs, batch, key))
+        return _Problem(common, heads, row_regulariser, states, self._rows(inputs, batch, key))
 
     def _balance(self, params: Params, state: TrainState, problem: "_Problem", key) -> Balanced:
-        kind = type(self.functional.merge(params, state.rest).sharing)
+        model = self.functional.merge(params, state.rest)
+        kind = type(model.sharing)
         on_parameters = kind.regulariser is not Strategy.regulariser
-        on_rows = kind.row_regulariser is not Strategy.row_regulariser
+        on_rows = kind.row_regulariser is not Strategy.row_regulariser or model.link.penalised
         return balanced_gradients(
             problem.common,
             problem.heads,
@@ -374,22 +410,38 @@ class Step:
             denominators = jax.vmap(self._denominators)(labels)
         return {"parts": _Part(parts, labels, jax.random.split(key, number), denominators)}
 
+    def _moved(self, problem: "_Problem", state: TrainState) -> Params:
+        """What modules assigned themselves in this step's forward pass; the compiler merges it with that of the losses."""
+        moved = {path: state.rest[path] for path in self.functional.state_paths}
+        if not moved:
+            return moved
+        if "part" in problem.rows:
+            return problem.states(problem.rows["part"], moved)
+        return jax.lax.scan(lambda moved, part: (problem.states(part, moved), None), moved, problem.rows["parts"])[0]
+
+    def _observed(self, link: Link, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with the mask of each task's loss, where a link takes it on the rows of another task."""
+        mask = batch["mask"]
+        return batch | {"mask": mask | {task: mask[other] for task, other in link.observed_by.items()}}
+
     def _denominators(self, batch: Mapping[str, Any]) -> dict[str, Float[Array, ""]]:
         """Task -> the weights of its observed labels, over all devices."""
+        batch = self._observed(self.link, batch)
         return {task.name: total(self.objective.denominator(task, batch), self.axis) for task in self.tasks}
 
     def _in_precision(self, arrays: Params) -> Params:
         """The arrays that the network computes with.
 
         Lookups stay as they are: sums over repeated rows need the digits. So do parameters of losses: cutpoints are sums
-        of steps down to 1e-4.
+        of steps down to 1e-4; and running moments, which move by a hundredth.
         """
         if self.precision == "float32":
             return arrays
 
         def narrow(path):  # nor dropout rates, which are numbers and no arrays
             array = arrays[path]
-            return array.dtype == jnp.float32 and array.ndim > 0 and not is_table(path) and not of_loss(path)
+            kept = is_table(path) or of_loss(path) or path in self.functional.state_paths
+            return array.dtype == jnp.float32 and array.ndim > 0 and not kept
 
         return {path: array.astype(self.precision) if narrow(path) else array for path, array in arrays.items()}
 
@@ -439,12 +491,13 @@ class _Part(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """The losses of a step: to the cut, from there to each task's loss, the strategy's penalty on rows, and the rows
-    (``part``, ``parts``, ``sample``)."""
+    """The losses of a step: to the cut, from there to each task's loss, the penalty on rows, what modules assign
+    themselves, and the rows (``part``, ``parts``, ``sample``)."""
 
     common: Callable
     heads: dict[str, Callable]
     row_regulariser: Callable
+    states: Callable
     rows: dict[str, _Part]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import hydra
 import jax
 import numpy as np
+import polars as pl
 import pytest
 from omegaconf import OmegaConf
 
@@ -39,7 +40,19 @@ SMALL = {
     **dict.fromkeys(("snr_trans", "snr_aver"), NODES_OF_SNR),
     "sluice": ["sharing.width=4"],
     "dbmtl": ["sharing.units=[4]", "sharing.parents={y2: [y1]}", "sharing.bottom=[4]"],
+    "home": LEVELS,
+    "stem": EXPERTS,
+    "m2m": [],
+    "m3oe": [],
+    "epnet": ["sharing.inner.expert_units=[4]"],
+    "pepnet": ["sharing.inner.units=[4]"],
+    "sar_net": [],
+    "hamur": [],
 }
+# What ties binary tasks, or reads domains, user and item.
+OF_A_FUNNEL = (
+    "aitm", "resflow", "star", "sar_net", "m2m", "adasparse", "hamur", "epnet", "ppnet", "pepnet", "adapt_dhm", "m3oe",
+)  # fmt: skip
 # Methods that are not defined for two tasks.
 MANY_TASKS = ("krum", "trimmed_mean")
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
@@ -56,9 +69,27 @@ def dataset(many_tasks):
     return mtl_jax.data.load("synthetic", num_rows=120, dim=4, **recipe)
 
 
+@pytest.fixture(scope="module")
+def funnel(tmp_path_factory):
+    """Clicks and conversions of users in three countries."""
+    rng = np.random.default_rng(0)
+    user, item, click = rng.integers(0, 9, 160), rng.integers(0, 7, 160), rng.random(160) < 0.6
+    conversion = np.where(click, rng.random(160) < 0.5, False)
+    columns = {"user": user, "item": item, "country": rng.choice(["es", "fr", "nl"], 160), "price": rng.random(160)}
+    labels = {"ctr": click, "ctcvr": click & conversion, "converted": conversion}
+    frame = pl.DataFrame(columns | {name: label.astype(int) for name, label in labels.items()})
+    path = tmp_path_factory.mktemp("funnel") / "rows.parquet"
+    frame.write_parquet(path)
+    cvr = {"kind": "binary", "column": "converted", "space": "ctr"}
+    return mtl_jax.data.load(
+        "table", path=str(path), tasks={"ctr": "binary", "cvr_click": cvr, "ctcvr": "binary"},
+        categorical=["user", "item"], numeric=["price"], domain="country", user="user", item="item", split="rows",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("group", "name"), NODES, ids=[f"{group}={name}" for group, name in NODES])
-def test_every_node_trains_two_steps(group, name):
-    data = dataset(name in MANY_TASKS)
+def test_every_node_trains_two_steps(group, name, funnel):
+    data = funnel if group == "link" or name in OF_A_FUNNEL else dataset(name in MANY_TASKS)
     small = SMALL.get(name, ["sharing.units=[4]"]) if group == "sharing" else ["sharing.units=[4]"]
     sharing = [] if group == "sharing" else ["sharing=shared_bottom"]
     config = compose("data=synthetic", *small, *sharing, f"{group}={name}", "towers.units=[3]", *REQUIRED.get(name, []))

@@ -19,6 +19,7 @@ from mtl_jax.sharing import (
     PLE,
     AdaTT,
     AdaTTSp,
+    Context,
     CrossStitch,
     DSelectK,
     MMoE,
@@ -43,6 +44,8 @@ references = _references()
 TASKS = ("click", "buy", "return")
 WIDTH = 6
 """Of the input."""
+DOMAINS, PRIOR = 3, 4
+"""Number of domains, and width of the prior, of those that read them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Case:
 
     Attributes:
       make: ``(in_features, tasks, *, rngs) -> Strategy``.
-      arguments: Strategy -> name of its reference, and the arguments after ``x`` and ``tasks``.
+      arguments: Strategy -> name of its reference, and the arguments after ``x`` and ``tasks``; or a function of x, the
+        context, the tasks and the arguments after it.
       any_tasks: Whether it can be made for other tasks than ``TASKS``.
     """
 
@@ -62,6 +66,8 @@ class Case:
     def expected(self, strategy, x: np.ndarray) -> dict[str, np.ndarray]:
         """What the reference makes of the strategy's parameters."""
         name, *arguments = self.arguments(strategy)
+        if callable(name):
+            return name(np.asarray(x, np.float64), context(len(x)), strategy.tasks, *arguments)
         return getattr(references, name)(np.asarray(x, np.float64), strategy.tasks, *arguments)
 
 
@@ -335,6 +341,12 @@ def make(name, tasks=TASKS, seed=0):
         drawn = 1 + 0.5 * drawn if path[-1] == "scale" else drawn
         variable[...] = jnp.asarray(drawn, jnp.float32)
     return strategy
+
+
+def context(number=5, seed=2) -> Context:
+    """Domains and priors of the first rows, for those that read them."""
+    prior = np.random.default_rng(seed).standard_normal((number, PRIOR)).astype(np.float32)
+    return Context(domain=jnp.arange(number, dtype=jnp.int32) % DOMAINS, prior=jnp.asarray(prior))
 
 
 def rows(number=5, seed=1) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from mtl_jax.model import label
+from mtl_jax.nn import State
 from mtl_jax.sharing import CGC, PLE, Context, MMoE, SharedBottom, SingleTask
 from mtl_jax.train.cut_model import CutModel
 from mtl_jax.train.gradients import TaskGradients, weighted_sum
@@ -26,6 +27,8 @@ def _load(name):
 
 
 cases = _load("cases")
+for further in ("cases_chains", "cases_domains", "cases_stateful_domains"):
+    cases.CASES.update(_load(further).CASES)
 CASES, TASKS, make = cases.CASES, cases.TASKS, cases.make
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 EVERY = pytest.mark.parametrize("name", CASES)
@@ -37,13 +40,18 @@ EVERY_CLASS = pytest.mark.parametrize(
 ANY_TASKS = pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if CASES[name].any_tasks])
 
 
+CONTEXT = cases.context()
+
+
 def output_sum(outputs, task):
     return (outputs[task] ** 2).sum()
 
 
-def run(strategy, x):
-    """All outputs, in one compiled program."""
-    return jax.jit(lambda x: strategy(x))(x)
+def run(strategy, x, order=slice(None)):
+    """All outputs for some of the first rows, in one compiled program."""
+    context = cases.context(len(x))
+    context = context._replace(domain=context.domain[order], prior=context.prior[order])
+    return jax.jit(lambda x: strategy(x, context))(x[order])
 
 
 def flat(strategy):
@@ -61,7 +69,7 @@ def test_equals_its_reference(name, dtype):
         strategy = make(name)
         params, build = flat(strategy)
         params = {path: jnp.asarray(array, dtype) for path, array in params.items()}
-        outputs = jax.jit(lambda params, x: build(params)(x))(params, jnp.asarray(x, dtype))
+        outputs = jax.jit(lambda params, x: build(params)(x, CONTEXT))(params, jnp.asarray(x, dtype))
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 1e-10, "atol": 1e-10}
         for task, expected in CASES[name].expected(strategy, x).items():
             np.testing.assert_allclose(outputs[task], expected, **tolerance)
@@ -94,7 +102,13 @@ def test_labels_are_what_gradients_say(name):
     """A parameter is a task's own exactly if no other task's output depends on it, and every parameter is reached."""
     params, build = flat(make(name))
     x = cases.rows(number=64)  # so that no unit is off in all rows
-    squares = jax.jit(jax.jacrev(lambda p: jnp.stack([output_sum(build(p)(x), task) for task in TASKS])))(params)
+    context = cases.context(len(x))
+
+    def squared(p):
+        outputs = build(p)(x, context)
+        return jnp.stack([output_sum(outputs, task) for task in TASKS])
+
+    squares = jax.jit(jax.jacrev(squared))(params)
     reached = {path: {t for t, g in zip(TASKS, squares[path], strict=True) if np.abs(g).max() > 0} for path in params}
     assert all(reached.values()), [path for path, tasks in reached.items() if not tasks]
     owners = {path: label(path).removeprefix("task/") for path in params if label(path).startswith("task/")}
@@ -110,9 +124,9 @@ def test_common_reads_nothing_of_a_task_and_heads_nothing_shared(name):
     def without(keep):
         return build({path: array if keep(label(path)) else jnp.nan * array for path, array in params.items()})
 
-    outputs, common = run(strategy, x), jax.jit(strategy.common)(x)
-    if name != "dbmtl, detached":  # which reads other tasks' representations, without a gradient
-        shared_only = jax.jit(without(lambda kind: kind == "shared").common)(x)
+    outputs, common = run(strategy, x), jax.jit(lambda x: strategy.common(x, CONTEXT))(x)
+    if "detached" not in name:  # which reads other tasks' representations, without a gradient
+        shared_only = jax.jit(lambda x: without(lambda kind: kind == "shared").common(x, CONTEXT))(x)
         for one, two in zip(jax.tree.leaves(common), jax.tree.leaves(shared_only), strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
     for task in TASKS:
@@ -133,7 +147,7 @@ def test_the_cut_is_complete(name):
         return build({path: some.get(path, array) for path, array in params.items() if path != "x"})
 
     def common(below, _):
-        return merged(below).common(below["x"])
+        return merged(below).common(below["x"], CONTEXT)
 
     def head(task):
         def loss(own, cut, _):
@@ -148,7 +162,7 @@ def test_the_cut_is_complete(name):
         return below | {path: gradient for part in own.values() for path, gradient in part.items()}
 
     def whole(params):
-        outputs = merged(params)(params["x"])
+        outputs = merged(params)(params["x"], CONTEXT)
         return sum(weight * output_sum(outputs, task) for weight, task in zip(weights, TASKS, strict=True))
 
     found = jax.jit(in_two_parts)(params)
@@ -162,7 +176,7 @@ def test_a_row_does_not_depend_on_the_others(name):
     strategy, x = make(name), cases.rows()
     order = np.array([3, 0, 4])
     together = run(strategy, x)
-    for task, z in run(strategy, x[order]).items():
+    for task, z in run(strategy, x, order).items():
         np.testing.assert_allclose(z, together[task][order], rtol=1e-5, atol=1e-6)
 
 
@@ -175,10 +189,10 @@ def test_one_trace_for_all_runs_side_by_side(name):
     @jax.jit
     def outputs(params, x):
         traced.append(1)
-        return build(params)(x)
+        return build(params)(x, CONTEXT)
 
     both = {path: jnp.stack([first[path], second[path]]) for path in first}
-    together = jax.jit(jax.vmap(lambda params: build(params)(x)))(both)
+    together = jax.jit(jax.vmap(lambda params: build(params)(x, CONTEXT)))(both)
     for index, params in enumerate((first, second)):
         alone = outputs(params, x)
         for task in TASKS:
@@ -203,7 +217,7 @@ def test_saved_arrays_give_the_same_predictions(name, tmp_path):
 @EVERY
 def test_what_gates_weigh_is_named(name):
     strategy, x = make(name), cases.rows()
-    gates, members = jax.jit(strategy.gates)(x), strategy.gate_members()
+    gates, members = jax.jit(lambda x: strategy.gates(x, CONTEXT))(x), strategy.gate_members()
     assert set(gates) == set(members)
     for gate, weights in gates.items():
         owner = gate.split("/")[0]
@@ -244,10 +258,17 @@ def test_dropout_is_random_in_training_only(name):
     make_one = functools.partial(CASES[name].make.func, **CASES[name].make.keywords | {"dropout": 0.5})
     module, x = make_one(cases.WIDTH, TASKS, rngs=nnx.Rngs(0)), cases.rows(number=32)
     task = TASKS[1]
-    one, two = (module(x, Context(train=True, rngs=jax.random.key(seed)))[task] for seed in (0, 1))
+    context = cases.context(len(x))
+    states = nnx.state(module, State)  # which training moves
+
+    def outputs(train=False, seed=None):
+        nnx.update(module, states)
+        return module(x, context._replace(train=train, rngs=None if seed is None else jax.random.key(seed)))[task]
+
+    one, two = outputs(train=True, seed=0), outputs(train=True, seed=1)
     assert not np.allclose(one, two)
-    np.testing.assert_array_equal(module(x)[task], module(x, Context(rngs=jax.random.key(0)))[task])
-    np.testing.assert_array_equal(one, module(x, Context(train=True, rngs=jax.random.key(0)))[task])
+    np.testing.assert_array_equal(outputs(), outputs(seed=0))
+    np.testing.assert_array_equal(one, outputs(train=True, seed=0))
 
 
 @pytest.mark.parametrize("name", ["single_task", "mmoe", "cgc", "mtan", "soft_sharing"])

@@ -21,7 +21,7 @@ from mtl_jax.data.dataset import Encoded, TrainingData
 from mtl_jax.data.schema import Categorical, Numeric, Schema, Vocabulary
 from mtl_jax.errors import Interrupted
 from mtl_jax.nn import Encoder, Tower
-from mtl_jax.sharing import MTAN, DSelectK, MMoE, SingleTask, SNRTrans
+from mtl_jax.sharing import MTAN, AdaptDHM, DSelectK, MMoE, ResFlow, SingleTask, SNRTrans
 from mtl_jax.tasks import Task
 from mtl_jax.train import BalancingOptions, Optimizer, Step, compile_step, fit
 from mtl_jax.train.loop import run_steps
@@ -77,6 +77,9 @@ def cases(wanted):
     yield "gates drawn for all rows", {"balancer": pcgrad(), "sharing": SNRTrans, "micro_batches": 2}
     yield "a penalty on rows", {"balancer": pcgrad(), "sharing": DSelectK}
     yield "parameters in the cut", {"balancer": pcgrad(), "sharing": MTAN, "options": units}
+    yield "moments of the batch", {"balancer": pcgrad(), "sharing": ResFlow}
+    yield "moments behind the cut", {"balancer": pcgrad(), "sharing": ResFlow, "options": units}
+    yield "centres of the batch", {"balancer": equal(), "sharing": AdaptDHM}
 
 
 def model_of(sharing):
@@ -86,6 +89,8 @@ def model_of(sharing):
         SNRTrans: functools.partial(SNRTrans, num_nodes=(2, 2), units=(4, 4, 4), log_alpha=0.0),
         DSelectK: functools.partial(DSelectK, num_experts=3, expert_units=(4,), entropy=0.1),
         MTAN: functools.partial(MTAN, units=(4, 4)),
+        ResFlow: functools.partial(ResFlow, units=(4, 4), logits=False),
+        AdaptDHM: functools.partial(AdaptDHM, units=(4,)),
     }[sharing]
     return mtl_jax.MultiTaskModel(
         SCHEMA,

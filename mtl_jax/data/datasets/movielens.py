@@ -57,7 +57,7 @@ def load_ratings(
       schema: Makes the unfitted schema of ``with_domain`` and ``with_age``.
       recipe: ``scenario_wise`` or ``plain``.
       split: ``rows``, ``cold_user`` or ``time``.
-      tasks: Some of ``click``, ``like`` and ``rating``.
+      tasks: Some of ``click``, ``like``, ``like_click`` and ``rating``.
       cache_dir: Folder of the fetched tables; ``~/.cache/mtl_jax`` by default.
       download: Whether they are fetched if they are not there.
       split_seed: Of the hash order of rows or users.
@@ -137,7 +137,7 @@ def categories(values: pl.Series) -> pl.Enum:
 
 
 def schema_of(*, item: str, age: Categorical | Numeric, with_domain: bool, with_age: bool) -> Schema:
-    """Unfitted schema of all three tasks.
+    """Unfitted schema of all tasks; ``like_click`` is ``like`` among clicked rows only.
 
     Args:
       item: Column of the film's id.
@@ -153,6 +153,7 @@ def schema_of(*, item: str, age: Categorical | Numeric, with_domain: bool, with_
         tasks=(
             Task("click", "binary", "rating", positive="> 3"),
             Task("like", "binary", "rating", positive="> 4", implies="click"),
+            Task("like_click", "binary", "rating", positive="> 4", space="click"),
             Task("rating", "regression"),
         ),
         domain="domain" if with_domain else None,

@@ -1,0 +1,39 @@
+"""Batch normalisation of a bank of experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+from mtl_jax.nn.batch_norm import EPSILON, MOMENTUM, batch_moments
+from mtl_jax.nn.context import Context
+from mtl_jax.nn.state import State
+
+
+class StackedBatchNorm(nnx.Module):
+    """E batch norms, one for each expert: :class:`mtl_jax.nn.BatchNorm` with stacked arrays.
+
+    Args:
+      num_stacks: E.
+      features: Width of each.
+    """
+
+    def __init__(self, num_stacks: int, features: int):
+        shape = (num_stacks, features)
+        self.scale, self.bias = nnx.Param(jnp.ones(shape)), nnx.Param(jnp.zeros(shape))
+        self.mean, self.variance = State(jnp.zeros(shape)), State(jnp.ones(shape))
+
+    def __call__(
+        self, x: Float[Array, "expert batch features"], context: Context = Context()
+    ) -> Float[Array, "expert batch features"]:
+        mean, variance = self.mean[...], self.variance[...]
+        if context.train:
+            of_batch, enough = jax.vmap(lambda one: batch_moments(one, context))(x)
+            enough = enough[:, None]
+            for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1])):
+                moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
+                stored[...] = jnp.where(enough, moved, stored[...])
+            mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))
+        y = (x.astype(mean.dtype) - mean[:, None]) * lax.rsqrt(variance + EPSILON)[:, None]
+        return y.astype(self.scale.dtype) * self.scale[...][:, None] + self.bias[...][:, None]

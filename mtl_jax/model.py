@@ -118,9 +118,9 @@ class MultiTaskModel(nnx.Module):
             return encoder(len(self.features), len(schema.dense_names), rngs=_rngs(key, f"{owner}encoder"))
 
         shared_encoder = encoded("")
-        self.prior = _prior(prior, schema)
-        given = {"num_domains": len(schema.domains), "prior_features": len(self.prior) * shared_encoder.embedding_dim}
         parameters = parameters_of(sharing)
+        self.prior = _prior(prior, schema) if "prior_features" in parameters else ()
+        given = {"num_domains": len(schema.domains), "prior_features": len(self.prior) * shared_encoder.embedding_dim}
         asked = {name: given[name] for name in given if name in parameters}
         _check_given({name: asked[name] for name in asked if parameters[name].default is inspect.Parameter.empty})
         self.link = link(self.task_names)

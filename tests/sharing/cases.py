@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mtl_jax.nn import Gate
+from mtl_jax.nn import Gate, State
 from mtl_jax.sharing import (
     CGC,
     DBMTL,
@@ -340,7 +340,24 @@ def make(name, tasks=TASKS, seed=0):
         drawn = 0.6 * generator.standard_normal(variable.shape)
         drawn = 1 + 0.5 * drawn if path[-1] == "scale" else drawn
         variable[...] = jnp.asarray(drawn, jnp.float32)
+    draw_states(strategy, generator)
     return strategy
+
+
+def draw_states(strategy, generator: np.random.Generator) -> None:
+    """Moments, centres and constants that are not those of the start."""
+    for path, variable in nnx.to_flat_state(nnx.state(strategy, State)):
+        drawn = generator.standard_normal(variable.shape)
+        match path[-1]:
+            case "variance":
+                drawn = 0.5 + drawn**2
+            case "centres":
+                drawn = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+            case "alpha":
+                drawn = 1.25
+            case "epoch":
+                drawn = 3.0
+        variable[...] = jnp.asarray(drawn, variable.dtype)
 
 
 def context(number=5, seed=2) -> Context:

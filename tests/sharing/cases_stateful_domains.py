@@ -4,11 +4,8 @@ import functools
 import importlib.util
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from mtl_jax.nn.state import State
 from mtl_jax.sharing.adapt_dhm import AdaptDHM
 from mtl_jax.sharing.adasparse import AdaSparse
 from mtl_jax.sharing.hamur import HAMUR
@@ -123,17 +120,3 @@ CASES = {
     "adasparse, scaling": Case(adasparse_of(mode="scaling", beta=1.5), adasparse),
     "adasparse, binarisation": Case(adasparse_of(mode="binarisation", threshold=0.4), adasparse),
 }
-
-
-def draw_states(strategy, generator: np.random.Generator) -> None:
-    """Moments, centres and constants that are not those of the start."""
-    for path, variable in nnx.to_flat_state(nnx.state(strategy, State)):
-        drawn = generator.standard_normal(variable.shape)
-        match path[-1]:
-            case "variance":
-                drawn = 0.5 + drawn**2
-            case "centres":
-                drawn = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
-            case "alpha":
-                drawn = 1.25
-        variable[...] = jnp.asarray(drawn, variable.dtype)

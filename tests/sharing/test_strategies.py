@@ -259,7 +259,7 @@ def test_dropout_is_random_in_training_only(name):
     module, x = make_one(cases.WIDTH, TASKS, rngs=nnx.Rngs(0)), cases.rows(number=32)
     task = TASKS[1]
     context = cases.context(len(x))
-    states = nnx.state(module, State)  # which training moves
+    states = jax.tree.map(jnp.copy, nnx.state(module, State))  # which training moves
 
     def outputs(train=False, seed=None):
         nnx.update(module, states)

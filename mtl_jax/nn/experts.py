@@ -53,7 +53,18 @@ class Experts(nnx.Module):
 
 
 class StackedLinear(nnx.Module):
-    """E linear layers. The input is common to all (``[batch, in]``) or one each (``[expert, batch, in]``)."""
+    """E linear layers. The input is common to all (``[batch, in]``) or one each (``[expert, batch, in]``).
+
+    A common input is multiplied with all kernels side by side, in one wide matrix product. Forward and backward of experts
+    191-64-32 on 2,048 rows (ms, least of 25; 2 CPU cores shared with other work, JAX 0.10.2, 2026-11-29):
+
+    ======= ============ ===================== ================= ====================
+    experts this layout  ``bi,eio->ebo``       a loop, stacked   a loop over networks
+    ======= ============ ===================== ================= ====================
+    4       7.8          10.1                  9.9               7.6
+    8       12.5         18.1                  34.6              14.4
+    ======= ============ ===================== ================= ====================
+    """
 
     def __init__(self, num_stacks: int, in_features: int, out_features: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.glorot_uniform(batch_axis=(0,))
@@ -61,5 +72,8 @@ class StackedLinear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((num_stacks, out_features)))
 
     def __call__(self, x: Float[Array, "*expert batch in"]) -> Float[Array, "expert batch out"]:
-        equation = "bi,eio->ebo" if x.ndim == 2 else "ebi,eio->ebo"
-        return jnp.einsum(equation, x.astype(self.kernel.dtype), self.kernel[...]) + self.bias[...][:, None]
+        kernel, x = self.kernel[...], x.astype(self.kernel.dtype)
+        if x.ndim == 3:
+            return jnp.einsum("ebi,eio->ebo", x, kernel) + self.bias[...][:, None]
+        wide = x @ jnp.moveaxis(kernel, 0, 1).reshape(kernel.shape[1], -1)
+        return jnp.moveaxis(wide.reshape(len(x), *kernel.shape[::2]), 1, 0) + self.bias[...][:, None]

@@ -1,5 +1,6 @@
 """EPNet: a gate of the domain on the input, in front of any strategy."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -123,4 +124,7 @@ def _taken(inner: Callable[..., Strategy], offered: dict[str, Any]) -> dict[str,
         raise ConfigError(
             f"there is no prior, and '{name}' reads one; expected prior_features, its width. Name the features that make it"
         )
-    return {name: value for name, value in offered.items() if name in parameters and value is not None}
+    kind = inner
+    while isinstance(kind, functools.partial):  # a rate that is given here takes the place of one that is bound
+        kind = kind.func
+    return {name: value for name, value in offered.items() if name in parameters_of(kind) and value is not None}

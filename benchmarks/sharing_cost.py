@@ -8,7 +8,8 @@
 Measured is a strategy alone with its towers, for two binary tasks on 191 dense numbers: no tables, no optimizer, no
 loader. To be reached, on a CPU with two cores:
 
-- `shared_bottom`, `mmoe` and `ple` are faster than the modules of torch-rechub and of DeepCTR-Torch at the same sizes;
+- `shared_bottom`, `mmoe`, `ple`, `esmm` and `aitm` are faster than the modules of torch-rechub and of DeepCTR-Torch at the
+  same sizes, where these have them (DeepCTR-Torch has no AITM);
 - `mmoe` and `ple` are at least 1.5 x as fast;
 - experts with stacked weights are at least as fast as a loop over 4 or more separate ones.
 

@@ -4,7 +4,8 @@
     {"peer": "torch-rechub", "name": "mmoe"}
 
 The modules are the libraries' own, with the plainest options that they have. They are given one dense feature of full
-width, so that no lookup and no loader is timed. The loss is that of their trainers on the probabilities they return.
+width, so that no lookup and no loader is timed. The loss is that of their trainers on the probabilities they return: the
+sum over the tasks, which are the last columns (the chance of a conversion given a click comes first and has no loss).
 A library that cannot be imported is named in the facts, with the reason.
 """
 
@@ -18,21 +19,25 @@ from benchmarks.balancing_worker import NUM_DENSE, serve
 from benchmarks.machine import usable_cores, versions
 
 Levels = Sequence[Sequence[int]]
+USER = NUM_DENSE // 2
+"""Numbers of the user, for a model that tells them from those of the item."""
 
 
 class Rechub:
-    """torch-rechub. Its MLP has a batch normalisation after every layer, also in front of the softmax of a gate."""
+    """torch-rechub. Its MLP has a batch normalisation after every layer, also in front of the softmax of a gate and in what
+    AITM carries over. Its AITM has no penalty on rising chances, not in its trainer either."""
 
     def __init__(self):
         from torch_rechub.basic.features import DenseFeature
         from torch_rechub.models import multi_task
 
-        self.library = multi_task
-        self.shared = [DenseFeature("x", embed_dim=NUM_DENSE)], ["classification" for _ in ours.TASKS]
+        self.library, self.feature = multi_task, DenseFeature
+        self.features = [DenseFeature("x", embed_dim=NUM_DENSE)]
+        self.shared = self.features, ["classification" for _ in ours.TASKS]
         self.towers = [{"dims": list(ours.TOWER_UNITS)} for _ in ours.TASKS]
 
     def inputs(self, dense: Any) -> Any:
-        return {"x": dense}
+        return {"x": dense, "user": dense[:, :USER].contiguous(), "item": dense[:, USER:].contiguous()}
 
     def shared_bottom(self, units: Sequence[int]) -> Any:
         return self.library.SharedBottom(*self.shared, {"dims": list(units)}, self.towers)
@@ -54,6 +59,22 @@ class Rechub:
                 parts.append(CGC(1, 1 + below, len(ours.TASKS), *numbers, width, {"dims": list(units)}))
             model.cgc_layers = nn.ModuleList(parts)
         return model
+
+    def esmm(self, units: Sequence[int]) -> Any:
+        """It reads features of a user and of an item, and from tables alone; here what is looked up is given."""
+        from torch import nn
+
+        class Given(nn.Module):
+            def forward(self, x: Any, features: Sequence[Any], squeeze_dim: bool = False) -> Any:
+                return x[features[0].name]
+
+        halves = [self.feature("user", embed_dim=USER)], [self.feature("item", embed_dim=NUM_DENSE - USER)]
+        model = self.library.ESMM(*halves, *({"dims": [*units, *ours.TOWER_UNITS]} for _ in ours.TASKS))
+        model.embedding = Given()
+        return model
+
+    def aitm(self, units: Sequence[int]) -> Any:
+        return self.library.AITM(self.features, len(ours.TASKS), {"dims": list(units)}, self.towers)
 
 
 class DeepCTR:
@@ -111,6 +132,10 @@ class DeepCTR:
                 setattr(model, name, nn.ModuleList([getattr(part, name)[0] for part in parts]))
         return model
 
+    def esmm(self, units: Sequence[int]) -> Any:
+        options = self.options | {"tower_dnn_hidden_units": (*units, *ours.TOWER_UNITS)}
+        return self.library.ESMM([self.feature("x", NUM_DENSE)], **options)
+
 
 # Distribution -> a class with a method for every strategy in benchmarks/sharing_worker.py that the library has.
 PEERS: dict[str, Callable[[], Any]] = {"torch-rechub": Rechub, "deepctr-torch": DeepCTR}
@@ -119,10 +144,7 @@ PEERS: dict[str, Callable[[], Any]] = {"torch-rechub": Rechub, "deepctr-torch": 
 def main() -> None:
     case = ours.Case.parse(__doc__)
     passes = Passes(case)
-    names = {
-        peer: [name for name, entry in case.compared().items() if hasattr(library, entry.strategy)]
-        for peer, library in passes.peers.items()
-    }
+    names = {peer: [name for name, entry in case.compared().items() if peer in entry.peers] for peer in passes.peers}
     facts = {"compared": names, "missing": passes.missing, "versions": versions("torch", *PEERS, "numpy")}
     serve(facts, lambda request: passes.measure(**request))
 
@@ -161,13 +183,14 @@ class Passes:
         import torch.nn.functional as F
 
         entry, library = ours.COMPARED[name], self.peers[peer]
-        model = getattr(library, entry.strategy)(**entry.options).train()
+        model = getattr(library, entry.maker)(**entry.options).train()
         inputs, labels = library.inputs(self.dense), self.labels
 
         def passes() -> float:
             model.zero_grad(set_to_none=True)
             found = model(inputs)
-            loss = sum(F.binary_cross_entropy(found[:, k], labels[:, k]) for k in range(labels.shape[1]))
+            first = found.shape[1] - labels.shape[1]
+            loss = sum(F.binary_cross_entropy(found[:, first + k], labels[:, k]) for k in range(labels.shape[1]))
             loss.backward()
             return loss.item()
 

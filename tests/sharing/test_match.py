@@ -7,7 +7,19 @@ import pytest
 from flax import nnx
 
 from mtl_jax.errors import ConfigError
-from mtl_jax.sharing import PLE, AdaTT, CrossStitch, MMoE, SharedBottom, SNRTrans, match_parameters
+from mtl_jax.sharing import (
+    PLE,
+    AdaTT,
+    CrossStitch,
+    EPNet,
+    HoME,
+    M3oE,
+    MMoE,
+    PPNet,
+    SharedBottom,
+    SNRTrans,
+    match_parameters,
+)
 from mtl_jax.sharing.match import number_of_parameters
 
 TASKS = ("click", "buy", "return")
@@ -26,6 +38,10 @@ def count(strategy):
         (AdaTT, 400_000),
         (CrossStitch, 60_000),
         (SNRTrans, 400_000),
+        (HoME, 900_000),
+        (functools.partial(M3oE, num_domains=3), 400_000),
+        (functools.partial(EPNet, num_domains=3), 100_000),
+        (functools.partial(EPNet, num_domains=3, prior_features=8, inner=PPNet), 400_000),
     ],
 )
 def test_within_one_percent(kind, target):

@@ -13,7 +13,7 @@ from mtl_jax.data.batching import as_batch
 from mtl_jax.errors import ConfigError, Interrupted
 from mtl_jax.nn import Context, State, stream
 from mtl_jax.sharing import ResFlow
-from mtl_jax.train import BalancingOptions, Objective, Step, fit
+from mtl_jax.train import BalancingOptions, Member, Objective, Step, fit, fit_many
 from mtl_jax.train.state import Functional
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
@@ -116,6 +116,17 @@ def test_selection_and_resume_keep_them(small_schema, make_model, make_data, tmp
     for one, other in zip(states(whole.model), states(resumed.model), strict=True):
         np.testing.assert_array_equal(one, other)
     assert any(np.any(array != 0) for array in states(whole.model))
+
+
+def test_runs_side_by_side_keep_their_own(small_schema, make_model, make_data):
+    data, options = make_data(small_schema), {"epochs": 2, "batch_size": 16, "patience": 0, "steps_per_call": 2}
+    members = [Member(functools.partial(make_model, small_schema, SHARING, seed=seed), seed=seed) for seed in (0, 1)]
+    together = dict(fit_many(members, data, axis="vmap", **options))
+    for seed in (0, 1):
+        alone = fit(make_model(small_schema, SHARING, seed=seed), data, seed=seed, **options)
+        for one, other in zip(states(alone.model), states(together[seed].model), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert any(np.any(one != other) for one, other in zip(*(states(together[s].model) for s in (0, 1)), strict=True))
 
 
 def states(model):

@@ -17,7 +17,7 @@ EXPERT_COLUMNS = ("experts", "stacked ms", "loop ms", "stacked is")
 DIFFERENCES = (
     "torch-rechub has a batch normalisation after every layer but the last of a tower, also in its gates, and biases in "
     "its gates; deepctr-torch has a gate on the last level of its PLE that nothing reads. Neither can be turned off. Both "
-    "multiply chances in ESMM, where ours adds logits; the AITM of torch-rechub lacks the penalty on rising chances"
+    "multiply chances in ESMM, where ours chains logits; the AITM of torch-rechub lacks the penalty on rising chances"
 )
 MIN_EXPERTS = 4
 

@@ -252,7 +252,7 @@ class Passes:
 
         module = network(strategy, NUM_DENSE, TASKS, rngs=nnx.Rngs(0))
         graph, *parts = nnx.split(module, nnx.Param, State, ...)
-        params, moved, rest = map(nnx.pure, parts)  # arrays: variables that are made here could not be assigned to
+        params, moved, rest = map(nnx.as_pure, parts)  # arrays: variables that are made here could not be assigned to
         tie = module["strategy"].link() if link is None else functools.partial(getattr(sharing, link), order=TASKS)
         tied = (tie or sharing.Link)(TASKS)
         x, labels = input_of(module["strategy"], self.batch["dense"]), self.batch["labels"]
@@ -270,7 +270,7 @@ class Passes:
             total = sum(map(jnp.mean, found.aux.values()), total)
             penalty = module["strategy"].row_regulariser(common)
             total = total + module["strategy"].regulariser() + (0.0 if penalty is None else jnp.mean(penalty))
-            return total, nnx.pure(nnx.state(module, State))
+            return total, nnx.as_pure(nnx.state(module, State))
 
         arguments = (x, labels, rows, jax.random.key(0))
         both = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, moved, *arguments)

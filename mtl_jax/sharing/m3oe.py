@@ -12,6 +12,7 @@ from mtl_jax.arguments import check_count
 from mtl_jax.nn import MLP, Experts, mix
 from mtl_jax.nn.domain_linear import domain_linear, domains_of
 from mtl_jax.sharing.base import Context, SharedParameters, Strategy, by_task
+from mtl_jax.sharing.star import StarLinear
 
 
 class M3oECommon(NamedTuple):
@@ -102,7 +103,7 @@ class M3oE(Strategy):
         check_count(num_domains, "num_domains")
         check_count(star_units, "star_units")
         check_count(hidden_units, "hidden_units")
-        self.star = _Star(num_domains, in_features, star_units, rngs=rngs)
+        self.star = StarLinear(in_features, star_units, num_domains, rngs=rngs)
         self.psi = MLP(star_units, (hidden_units,), norm="layer", rngs=rngs)
         self.detour = MLP(in_features, (hidden_units,), norm="layer", rngs=rngs)
 
@@ -150,20 +151,6 @@ def _weights(own: Float[Array, "*batch n"], a: Float[Array, ""], b: Float[Array,
     a, b = jax.nn.sigmoid(a), jax.nn.sigmoid(b)
     others = max(own.shape[-1] - 1, 1)
     return a * (b * own + (1 - b) / others * (1 - own))
-
-
-class _Star(nnx.Module):
-    """A linear layer of every domain: common weights times those of the domain."""
-
-    def __init__(self, num_domains: int, in_features: int, out_features: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.glorot_uniform()(rngs.params(), (in_features, out_features)))
-        self.bias = nnx.Param(jnp.zeros(out_features))
-        self.domain_kernel = nnx.Param(jnp.ones((num_domains, in_features, out_features)))
-        self.domain_bias = nnx.Param(jnp.zeros((num_domains, out_features)))
-
-    def __call__(self, x: Float[Array, "batch in"], domain: Int[Array, " batch"]) -> Float[Array, "batch out"]:
-        kernel, bias = self.kernel[...] * self.domain_kernel[...], self.bias[...] + self.domain_bias[...]
-        return domain_linear(jnp.asarray(x), kernel, bias, domain)
 
 
 class _DomainGate(nnx.Module):

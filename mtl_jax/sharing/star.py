@@ -99,7 +99,7 @@ class StarNetwork(nnx.Module):
       units: Layer widths, ReLU after each.
       num_partitions: Of domains or clusters.
       dropout: Rate after each layer, in [0, 1).
-      rngs: Initialisation: shared weights Glorot-uniform, those of partitions 1, all biases 0.
+      rngs: Initialisation.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class StarNetwork(nnx.Module):
         self.out_features = widths[-1]
         self.dropout = dropout_rate(dropout)
         self.layers = nnx.List(
-            [_StarLinear(i, o, num_partitions, rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+            [StarLinear(i, o, num_partitions, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)]
         )
 
     def __call__(
@@ -121,15 +121,24 @@ class StarNetwork(nnx.Module):
         return x
 
 
-class _StarLinear(nnx.Module):
-    def __init__(self, in_features, out_features, num_partitions, rngs):
+class StarLinear(nnx.Module):
+    """A linear layer with the product of a shared kernel and that of the row's partition, and the sum of two biases.
+
+    Args:
+      in_features: Width of x.
+      out_features: Width of the output.
+      num_partitions: Of domains or clusters.
+      rngs: Initialisation: shared weights Glorot-uniform, those of partitions 1, all biases 0.
+    """
+
+    def __init__(self, in_features: int, out_features: int, num_partitions: int, *, rngs: nnx.Rngs):
         shape = (in_features, out_features)
         self.kernel = nnx.Param(nnx.initializers.glorot_uniform()(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(out_features))
         self.own_kernel = nnx.Param(jnp.ones((num_partitions, *shape)))
         self.own_bias = nnx.Param(jnp.zeros((num_partitions, out_features)))
 
-    def __call__(self, x, partition):
+    def __call__(self, x: Float[Array, "batch in"], partition: Int[Array, " batch"]) -> Float[Array, "batch out"]:
         kernel, bias = self.kernel[...] * self.own_kernel[...], self.bias[...] + self.own_bias[...]
         return domain_linear(x, kernel, bias, partition)
 

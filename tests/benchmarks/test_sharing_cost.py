@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,12 +8,18 @@ import numpy as np
 import pytest
 
 from benchmarks import sharing_cost, sharing_summary, sharing_torch, sharing_worker
-from benchmarks.sharing_summary import PEERS
+from benchmarks.sharing_worker import COMPARED, PEERS, STRATEGIES
 from benchmarks.train_throughput import OURS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [sys.executable, "benchmarks/sharing_cost.py"]
 TINY = sharing_worker.Case(strategies=("shared_bottom", "mmoe"), parameters=None, batch_size=16, steps=2)
+ONE = sharing_worker.Case(strategies=("mmoe",), parameters=None, batch_size=16, steps=2)
+NEEDING_MORE = (  # than x and the parameters: a context, a state of their own, a link, or several inputs
+    "ltb", "home", "aitm", "resflow", "stem", "star", "sar_net", "m2m", "adasparse", "hamur", "epnet", "ppnet", "pepnet",
+    "adapt_dhm", "m3oe",
+)  # fmt: skip
+PAIRS = [(peer, name) for name, entry in COMPARED.items() for peer in entry.peers]
 OF_THE_PEERS = "is not installed; it is the peers', see benchmarks/README.md"
 
 
@@ -44,6 +51,8 @@ def record():
                 ("mmoe", {"torch_rechub": 3.0, "deepctr_torch": 1.4}),
                 ("ple", {"torch_rechub": 1.7}),
                 ("ple_repeated", {"torch_rechub": 0.9}),
+                ("esmm", {"torch_rechub": 1.1, "deepctr_torch": 0.8}),
+                ("aitm", {"torch_rechub": 1.3}),
             )
         ],
         "expert_runs": [
@@ -90,12 +99,12 @@ def test_impossible_options_are_refused(arguments, capsys):
 def test_what_is_given_goes_before_what_quick_means():
     options = sharing_cost.parse(["--quick", "--strategies", "cgc", "cgc", "--experts"])
     assert (options.strategies, options.experts, options.repeats) == (["cgc"], [], 3)
-    assert sharing_cost.parse([]).strategies == list(sharing_worker.STRATEGIES)
+    assert sharing_cost.parse([]).strategies == list(STRATEGIES)
 
 
 def test_every_strategy_is_measured():
     configured = [path.stem for path in (ROOT / "conf" / "sharing").glob("*.yaml")]
-    assert sorted(sharing_worker.STRATEGIES) == sorted(configured)
+    assert sorted(STRATEGIES) == sorted(configured) and {*NEEDING_MORE} < {*STRATEGIES}
 
 
 @pytest.mark.parametrize("parameters", [None, 5000])
@@ -103,6 +112,8 @@ def test_a_case_survives_its_command_line(parameters):
     case = sharing_worker.Case(("ple", "mmoe"), parameters, 16, 3)
     assert sharing_worker.Case.parse(None, case.arguments()) == case
     assert list(case.compared()) == ["mmoe", "ple", "ple_repeated"]
+    linked = sharing_worker.Case(("aitm", "single_task"), parameters, 16, 3).compared()
+    assert {name: entry.title for name, entry in linked.items()} == {"esmm": "ESMM", "aitm": "AITM"}
 
 
 def test_an_interpreter_that_cannot_be_used_is_named(tmp_path):
@@ -143,7 +154,13 @@ def test_goals_go_by_the_slowest_comparison(record):
     assert said["PLE (6 x 64, 6 x 32)" + by_half] == (None, "torch-rechub", ["deepctr-torch"])
     assert said["PLE (6 x 64-32, twice)" + faster] == (False, "torch-rechub", ["deepctr-torch"])
     assert said["Stacked experts are at least as fast as a loop over 4 or more"] == (True, "4 experts", [])
-    assert len(goals) == 8 and "SharedBottom (64-32)" + by_half not in said
+    assert said["ESMM (2 x 64-32)" + faster] == (False, "deepctr-torch", [])
+    only = " is faster than torch-rechub, the only other library that has it"
+    assert said["AITM (2 x 64-32)" + only] == (True, "torch-rechub", [])
+    assert [text for text in said if "1.5 x" in text] == [
+        name + by_half for name in ("MMoE (8 x 64-32)", "PLE (6 x 64, 6 x 32)", "PLE (6 x 64-32, twice)")
+    ]
+    assert len(goals) == 10
 
 
 def test_a_run_without_other_libraries_says_so(record):
@@ -196,15 +213,64 @@ def test_a_size_that_a_strategy_cannot_have_is_named(quick_compilation):
 def test_a_penalty_of_a_strategy_is_in_its_loss(quick_compilation):
     losses = {}
     for penalty in (0.0, 1e6):
-        passes = sharing_worker.Passes(sharing_worker.Case(("mmoe",), None, 16, 2))
+        passes = sharing_worker.Passes(ONE)
         strategy = sharing_worker.constructor("DSelectK", {"num_experts": 3, "expert_units": (4,), "entropy": penalty})
         losses[penalty] = passes.passes_of(strategy)[0]()
     assert losses[1e6] > 1e3 > losses[0.0]
 
 
+@pytest.mark.parametrize("name", NEEDING_MORE)
+def test_strategies_that_need_more_are_of_the_same_size_and_timed(name, quick_compilation):
+    passes = sharing_worker.Passes(dataclasses.replace(ONE, strategies=(name,)))
+    assert passes.unmatched == {}
+    answer = passes.measure(part="equal", name=name)
+    assert answer["parameters"] == pytest.approx(passes.target, rel=0.01)
+    assert 0 < answer["forward_flop"] < answer["flop"] and answer["seconds"] > 0
+    widths = sharing_worker.widths_of(name, passes.strategies[name])
+    assert widths and json.loads(json.dumps(widths))
+
+
+def test_widths_of_what_is_inside_are_named():
+    strategy = sharing_worker.constructor(*STRATEGIES["pepnet"])
+    assert sharing_worker.widths_of("pepnet", strategy) == {"units": (64, 32)}
+    assert strategy.keywords["inner"].keywords["dropout"] == 0.0
+
+
+@pytest.mark.parametrize(("growth", "moves"), [(0.0, False), (10.0, True)])
+def test_what_a_pass_assigns_goes_into_the_next(growth, moves, quick_compilation):
+    options = {"units": (4,), "num_domains": 3, "growth": growth}
+    passes, _ = sharing_worker.Passes(ONE).passes_of(sharing_worker.constructor("AdaSparse", options))
+    first, second = passes(), passes()
+    assert (first != second) == moves
+
+
+def test_chances_that_rise_are_in_the_loss_of_aitm(quick_compilation):
+    losses = {}
+    for factor in (0.0, 1e6):
+        strategy = sharing_worker.constructor("AITM", {"units": (4,), "calibration": factor})
+        losses[factor] = sharing_worker.Passes(ONE).passes_of(strategy)[0]()
+    assert losses[1e6] > 1e3 > losses[0.0]
+
+
+def test_esmm_is_trained_on_the_product_of_chances(quick_compilation):
+    from flax import nnx
+
+    from mtl_jax.nn import Context
+
+    strategy, passes = sharing_worker.compared_constructor("esmm"), sharing_worker.Passes(ONE)
+    network = sharing_worker.network(strategy, sharing_worker.NUM_DENSE, sharing_worker.TASKS, rngs=nnx.Rngs(0))
+    logits, _ = sharing_worker.outputs(network, passes.batch["dense"], Context())
+    click, given = (1 / (1 + np.exp(-np.asarray(logits[task], np.float64))) for task in sharing_worker.TASKS)
+    expected = 0.0
+    for chance, labels in zip((click, click * given), passes.batch["labels"].T, strict=True):
+        expected -= np.mean(np.where(labels == 1, np.log(chance), np.log(1 - chance)))
+    loss, _ = passes.compared("esmm")
+    assert loss() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("number", [3, 4])
 def test_both_layouts_of_experts_compute_the_same(number, quick_compilation):
-    passes = sharing_worker.Passes(sharing_worker.Case(("mmoe",), None, 16, 2))
+    passes = sharing_worker.Passes(ONE)
     stacked, loop = (passes.experts(number, way)[0]() for way in sharing_worker.WAYS)
     assert stacked == pytest.approx(loop, rel=1e-5) and stacked > 0
 
@@ -213,10 +279,22 @@ def test_one_batch_is_given_to_all():
     arrays = sharing_worker.generate(TINY)
     assert {name: array.shape for name, array in arrays.items()} == {"dense": (16, 191), "labels": (16, 2)}
     assert all(np.array_equal(arrays[name], again) for name, again in sharing_worker.generate(TINY).items())
+    rows = sharing_worker.facts_of_rows(TINY)
+    assert {name: (array.shape, array.dtype.name) for name, array in rows.items()} == {
+        "domain": ((16,), "int32"),
+        "prior": ((16, 32), "float32"),
+    }
+    assert {*rows["domain"].tolist()} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("name", sharing_worker.COMPARED)
+def test_each_library_makes_the_models_that_it_has(peer):
+    makers = {entry.maker for entry in COMPARED.values() if peer in entry.peers}
+    others = {entry.maker for entry in COMPARED.values()} - makers
+    assert makers <= {*dir(sharing_torch.PEERS[peer])} and others.isdisjoint(dir(sharing_torch.PEERS[peer]))
+
+
+@pytest.mark.parametrize(("peer", "name"), PAIRS)
 def test_models_of_other_libraries_have_the_same_layers(peer, name, quick_compilation):
     """Their products are those of ours, up to what the summary names."""
     torch = pytest.importorskip("torch", reason=f"torch {OF_THE_PEERS}")
@@ -225,11 +303,10 @@ def test_models_of_other_libraries_have_the_same_layers(peer, name, quick_compil
         sharing_torch.DeepCTR()  # does without what its import would load
     pytest.importorskip(package, reason=f"{package} {OF_THE_PEERS}")
 
-    entry, library = sharing_worker.COMPARED[name], sharing_torch.PEERS[peer]()
-    model = getattr(library, entry.strategy)(**entry.options)
+    entry, library = COMPARED[name], sharing_torch.PEERS[peer]()
+    model = getattr(library, entry.maker)(**entry.options)
     kernels = sorted(tuple(m.weight.T.shape) for m in model.modules() if isinstance(m, torch.nn.Linear))
-    strategy = sharing_worker.constructor(sharing_worker.STRATEGIES[entry.strategy][0], entry.options)
-    expected = sorted(kernels_of(strategy))
+    expected = sorted(kernels_of(sharing_worker.compared_constructor(name)))
     if peer == "deepctr-torch" and entry.strategy == "ple":
         expected = sorted([*expected, (entry.options["levels"][-2][-1], 6)])  # the gate that nothing reads
     assert kernels == expected

@@ -108,8 +108,8 @@ def m3oe(strategy):
         "star": {
             "kernel": array(star.kernel),
             "bias": array(star.bias),
-            "domain_kernel": stack(star.domain_kernel),
-            "domain_bias": stack(star.domain_bias),
+            "domain_kernel": stack(star.own_kernel),
+            "domain_bias": stack(star.own_bias),
         },
         "psi": psi(strategy.psi),
         "psi_x": psi(strategy.detour),

@@ -37,14 +37,15 @@ class BatchNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch features"], context: Context = Context()
     ) -> Float[Array, "batch features"]:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean, variance = self.mean[...], self.variance[...]
         if context.train:
             of_batch, enough = batch_moments(x, context)
             for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1])):
                 moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
-                stored[...] = jnp.where(enough, moved, stored[...])
+                stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
             mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))
-        y = (x.astype(mean.dtype) - mean) * lax.rsqrt(variance + EPSILON)
+        y = (x - mean) * lax.rsqrt(variance + EPSILON)
         return y.astype(self.scale.dtype) * self.scale[...] + self.bias[...]
 
 

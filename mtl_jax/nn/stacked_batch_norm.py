@@ -27,13 +27,14 @@ class StackedBatchNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "expert batch features"], context: Context = Context()
     ) -> Float[Array, "expert batch features"]:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean, variance = self.mean[...], self.variance[...]
         if context.train:
             of_batch, enough = jax.vmap(lambda one: batch_moments(one, context))(x)
             enough = enough[:, None]
             for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1])):
                 moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
-                stored[...] = jnp.where(enough, moved, stored[...])
+                stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
             mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))
-        y = (x.astype(mean.dtype) - mean[:, None]) * lax.rsqrt(variance + EPSILON)[:, None]
+        y = (x - mean[:, None]) * lax.rsqrt(variance + EPSILON)[:, None]
         return y.astype(self.scale.dtype) * self.scale[...][:, None] + self.bias[...][:, None]

@@ -44,7 +44,7 @@ def drawn(module, seed=0):
     generator = np.random.default_rng(seed)
     for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         variable[...] = jnp.asarray(0.6 * generator.standard_normal(variable.shape), variable.dtype)
-    cases.draw_states(module, generator)
+    cases.cases.draw_states(module, generator)
     return module
 
 

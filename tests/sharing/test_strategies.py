@@ -37,6 +37,10 @@ ONE_OF_EACH = [name for name in CASES if "," not in name or name == "ple, three 
 EVERY_CLASS = pytest.mark.parametrize(
     "name", [name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
+SOME = ("mmoe", "ple", "cross_stitch", "dselect_k", "ltb", "resflow", "star", "m3oe")
+SOME_CLASSES = pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 ANY_TASKS = pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if CASES[name].any_tasks])
 
 
@@ -85,7 +89,7 @@ def test_equals_its_reference_for_other_tasks(name, tasks):
         np.testing.assert_allclose(outputs[task], expected, rtol=1e-5, atol=1e-5)
 
 
-@EVERY_CLASS
+@SOME_CLASSES
 def test_shapes_and_bfloat16(name):
     strategy, x = make(name), cases.rows()
     params, build = flat(strategy)
@@ -181,7 +185,7 @@ def test_a_row_does_not_depend_on_the_others(name):
         np.testing.assert_allclose(z, together[task][order], rtol=1e-5, atol=1e-6)
 
 
-@EVERY_CLASS
+@SOME_CLASSES
 def test_one_trace_for_all_runs_side_by_side(name):
     """A leading run axis of the parameters is a loop over runs."""
     x, traced = cases.rows(), []
@@ -201,7 +205,7 @@ def test_one_trace_for_all_runs_side_by_side(name):
     assert len(traced) == 1
 
 
-@EVERY_CLASS
+@SOME_CLASSES
 def test_saved_arrays_give_the_same_predictions(name, tmp_path):
     x, strategy = cases.rows(), make(name)
     functional, params, rest = Functional.of(strategy)

@@ -77,9 +77,10 @@ def cases(wanted):
     yield "gates drawn for all rows", {"balancer": pcgrad(), "sharing": SNRTrans, "micro_batches": 2}
     yield "a penalty on rows", {"balancer": pcgrad(), "sharing": DSelectK}
     yield "parameters in the cut", {"balancer": pcgrad(), "sharing": MTAN, "options": units}
-    yield "moments of the batch", {"balancer": pcgrad(), "sharing": ResFlow}
-    yield "moments behind the cut", {"balancer": pcgrad(), "sharing": ResFlow, "options": units}
-    yield "centres of the batch", {"balancer": equal(), "sharing": AdaptDHM}
+    yield "moments of the batch", {"balancer": pcgrad(), "sharing": ResFlow, "options": units}
+    if wanted is not SOME:
+        yield "moments below the scope", {"balancer": pcgrad(), "sharing": ResFlow}
+        yield "centres of the batch", {"balancer": equal(), "sharing": AdaptDHM}
 
 
 def model_of(sharing):

@@ -17,6 +17,7 @@ from experiments.search import tell
 from experiments.signals import StopRequest
 from mtl_jax.ablate import run_arm
 from mtl_jax.config import plain
+from mtl_jax.job import METHOD
 from mtl_jax.plan import flat_axis, has_key, settings_tried
 from mtl_jax.report.selection import settings
 from mtl_jax.search import search_arm, space_of
@@ -28,7 +29,7 @@ from mtl_jax.search import search_arm, space_of
 def main(config: DictConfig, should_stop: StopRequest) -> None:
     """One arm; the sweeper makes a job of each (see :mod:`experiments.sweep`)."""
     names = HydraConfig.get().runtime.choices
-    names = {group: names[group] for group in ("sharing", "balancing")}
+    names = {group: names[group] for group in METHOD}
     arm = plain(config)
     common = {"names": names, "shared": sweep.SHARED, "should_stop": should_stop}
     if label := arm["searching"]:
@@ -48,7 +49,11 @@ def _tell(axes: Sequence[str], record: Mapping[str, Any]) -> None:
     what = record["error"]["message"] if record["status"] == "failed" else f"{monitor['name']} {value}"
     config = record["config"]
     values = {key: functools.reduce(dict.__getitem__, key.split("."), config) for key in axes if has_key(config, key)}
-    run = [method["sharing"], method["balancing"], *([settings(values)] if values else []), f"seed {record['seed']}"]
+    run = [
+        *filter(None, (method[group] for group in METHOD)),
+        *([settings(values)] if values else []),
+        f"seed {record['seed']}",
+    ]
     print(f"{record['status']} {' '.join(run)}: {what}", file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ from experiments.signals import StopRequest
 from mtl_jax.config import plain
 from mtl_jax.cross_validate import cross_validate
 from mtl_jax.errors import ConfigError
+from mtl_jax.job import METHOD
 from mtl_jax.run import run, summarise
 
 
@@ -18,7 +19,7 @@ def main(config: DictConfig, should_stop: StopRequest) -> None:
     job = HydraConfig.get()
     own_folder = any(override.startswith("hydra.run.dir=") for override in job.overrides.hydra)
     shared = {
-        "names": {group: job.runtime.choices[group] for group in ("sharing", "balancing")},
+        "names": {group: job.runtime.choices[group] for group in METHOD},
         "folder": job.runtime.output_dir if own_folder else None,
         "should_stop": should_stop,
     }

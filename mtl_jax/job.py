@@ -24,6 +24,8 @@ from mtl_jax.train import Optimizer, Result
 from mtl_jax.train.optimizer import as_optimizer
 
 SELECTOR = "valid_best"
+METHOD = ("sharing", "link", "balancing")
+"""Groups whose choice is the method of a run."""
 
 
 @dataclasses.dataclass
@@ -201,9 +203,7 @@ def _known(
         "run_id": name,
         "config": dict(config),
         "config_hash": config_hash(config),
-        "method": {
-            key: names.get(key) or str(config[key]["_target_"]).split(".")[-1] for key in ("sharing", "balancing")
-        },
+        "method": {key: _node_name(config, names, key) for key in METHOD},
         "tasks": {
             t.name: {
                 "kind": t.kind,
@@ -243,6 +243,12 @@ def _known(
         },
         "precision": config["trainer"]["precision"],
     }
+
+
+def _node_name(config: Mapping[str, Any], names: Mapping[str, str], key: str) -> str | None:
+    """Name of a chosen node, by default that of its target; None where it stands for nothing."""
+    name = names.get(key) or str(config[key]["_target_"]).split(".")[-1]
+    return None if (key, name) in (("link", "none"), ("link", "Link")) else name
 
 
 def _text(node: Any) -> str:

@@ -215,6 +215,13 @@ def validate(record: Mapping[str, Any]) -> None:
         _check_completed(record)
 
 
+def method_text(method: Mapping[str, str | None]) -> str:
+    """Sharing, link where there is one, and balancing, as in ``mmoe + esmm + equal``."""
+    return " + ".join(
+        method.get(group) or "?" for group in ("sharing", "link", "balancing") if group != "link" or method.get(group)
+    )
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what the numbers depend on; None for what is not an installed distribution."""
     found: dict[str, str | None] = {"python": platform.python_version()}

@@ -21,6 +21,7 @@ from mtl_jax.report.compare import (
     shown_baselines,
     task_value,
 )
+from mtl_jax.report.record import method_text
 
 Record = Mapping[str, Any]
 WITH_POSITIVES = ("binary", "multilabel", "zero_inflated")
@@ -43,7 +44,7 @@ def result_table(record: Record, *, reference: Record | None = None) -> Table:
     """
     part = reported_part(record)
     method = record["method"]
-    title = f"{method['sharing'] or '?'} + {method['balancing'] or '?'} on {record['data']['name'] or '?'}, "
+    title = f"{method_text(method)} on {record['data']['name'] or '?'}, "
     title += f"{part} part" if part else "nothing evaluated"
     if part == "valid":
         title += " (the test part is unopened)"

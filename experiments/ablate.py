@@ -49,11 +49,8 @@ def _tell(axes: Sequence[str], record: Mapping[str, Any]) -> None:
     what = record["error"]["message"] if record["status"] == "failed" else f"{monitor['name']} {value}"
     config = record["config"]
     values = {key: functools.reduce(dict.__getitem__, key.split("."), config) for key in axes if has_key(config, key)}
-    run = [
-        *filter(None, (method[group] for group in METHOD)),
-        *([settings(values)] if values else []),
-        f"seed {record['seed']}",
-    ]
+    run = [method[group] for group in METHOD if method[group]]
+    run += [*([settings(values)] if values else []), f"seed {record['seed']}"]
     print(f"{record['status']} {' '.join(run)}: {what}", file=sys.stderr)
 
 

@@ -40,7 +40,8 @@ def run(
 
     Args:
       config: With the keys of ``conf/train.yaml``.
-      names: Names of the chosen nodes (``sharing``, ``link``, ``balancing``), for the record; the targets' names by default.
+      names: Names of the chosen nodes (``sharing``, ``link``, ``balancing``), for the record; those of the targets by
+        default.
       folder: Run folder; ``<output_dir>/train/<run id>`` by default.
       overrides: The user's own, for the command that makes the single-task reference.
       console: Where the result is printed; standard output by default.

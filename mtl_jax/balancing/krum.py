@@ -41,13 +41,13 @@ def krum(*, num_byzantine: int = 1, num_selected: int = 1) -> Balancer:
       [1.25 2.  ]
 
     Edge cases:
-      ================================== ===================================================
+      ================================== =======================================================
       equal scores                       the task that comes first
       inactive or zero gradients         no candidates and no neighbours, f stays
       fewer than f + 3 candidates        their mean: no outlier can be told among so few
       fewer than m candidates            their mean
-      one gradient 1e8 times the others  the others count as zero: it is the only candidate
-      ================================== ===================================================
+      one gradient 1e8 times the others  an outlier like any: zero is 1e-8 of the *median* length
+      ================================== =======================================================
 
     References:
       Blanchard, El Mhamdi, Guerraoui, Stainer, *Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent*,

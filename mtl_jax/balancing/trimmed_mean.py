@@ -43,7 +43,7 @@ def trimmed_mean(*, trim: int = 1) -> Balancer:
       ================================= ==========================================================
       inactive or zero gradients        no values, b stays
       fewer than 2 b + 1 values         as many left out as leave one or two: their median
-      one gradient 1e8 times the others the others count as zero: all of it passes
+      one gradient 1e8 times the others an outlier like any: zero is 1e-8 of the *median* length
       ================================= ==========================================================
 
     References:

@@ -19,8 +19,9 @@ class BatchNorm(nnx.Module):
 
     In training the moments are those of the batch, weighted by ``context.weight`` (rows of weight 0 do not enter) and
     summed over the devices of ``context.axis``; the running moments go a hundredth of the way to them. Evaluation reads
-    the running ones, so that a row's prediction does not depend on the others of its batch. A batch with less than two rows
-    of positive weight is normalised by the running moments and leaves them.
+    the running ones, so that a row's prediction does not depend on the others of its batch, and without what is left in
+    them of their start (mean 0, variance 1), so that a model of few steps is evaluated as it was trained. A batch with less
+    than two rows of positive weight is normalised by the running moments and leaves them.
 
     Args:
       features: Width of x.
@@ -33,20 +34,29 @@ class BatchNorm(nnx.Module):
     def __init__(self, features: int, *, rngs: nnx.Rngs | None = None):
         self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
         self.mean, self.variance = State(jnp.zeros(features)), State(jnp.ones(features))
+        self.seen = State(jnp.zeros(()))  # share of the running moments that comes from batches
 
     def __call__(
         self, x: Float[Array, "batch features"], context: Context = Context()
     ) -> Float[Array, "batch features"]:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean, variance = self.mean[...], self.variance[...]
+        mean, variance = settled(self.mean[...], self.variance[...], self.seen[...])
         if context.train:
             of_batch, enough = batch_moments(x, context)
-            for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1])):
+            for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1]), (self.seen, 1.0)):
                 moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
                 stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
             mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))
         y = (x - mean) * lax.rsqrt(variance + EPSILON)
         return y.astype(self.scale.dtype) * self.scale[...] + self.bias[...]
+
+
+def settled(
+    mean: Float[Array, "*features"], variance: Float[Array, "*features"], seen: Float[Array, "*features"]
+) -> tuple[Float[Array, "*features"], Float[Array, "*features"]]:
+    """Running moments without their start, from the share of them that batches have; the start itself where that is 0."""
+    share = jnp.where(seen > 0, seen, 1)
+    return mean / share, jnp.where(seen > 0, jnp.maximum(variance - (1 - seen), 0) / share, variance)
 
 
 def batch_moments(

@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mtl_jax.arguments import check_count
-from mtl_jax.nn.batch_norm import EPSILON, MOMENTUM
+from mtl_jax.nn.batch_norm import EPSILON, MOMENTUM, settled
 from mtl_jax.nn.context import Context
 from mtl_jax.nn.domain_linear import by_row, domains_of
 from mtl_jax.nn.state import State
@@ -54,16 +54,17 @@ class PartitionedNorm(nnx.Module):
         self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
         self.domain_scale, self.domain_bias = nnx.Param(jnp.ones(shape)), nnx.Param(jnp.zeros(shape))
         self.mean, self.variance = State(jnp.zeros(shape)), State(jnp.ones(shape))
+        self.seen = State(jnp.zeros((num_domains, 1)))
 
     def __call__(
         self, x: Float[Array, "batch features"], context: Context = Context()
     ) -> Float[Array, "batch features"]:
         domain = domains_of(context)
         x = x.astype(jnp.promote_types(self.scale.dtype, jnp.float32))
-        mean, variance = (stored[...].astype(x.dtype) for stored in (self.mean, self.variance))
+        mean, variance = settled(*(stored[...].astype(x.dtype) for stored in (self.mean, self.variance, self.seen)))
         if context.train:
             of_batch, enough = domain_moments(x, domain, len(mean), context)
-            for stored, new in zip((self.mean, self.variance), of_batch, strict=True):
+            for stored, new in zip((self.mean, self.variance, self.seen), (*of_batch, 1.0), strict=True):
                 moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
                 stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
             mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))

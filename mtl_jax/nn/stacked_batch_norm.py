@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from mtl_jax.nn.batch_norm import EPSILON, MOMENTUM, batch_moments
+from mtl_jax.nn.batch_norm import EPSILON, MOMENTUM, batch_moments, settled
 from mtl_jax.nn.context import Context
 from mtl_jax.nn.state import State
 
@@ -23,16 +23,17 @@ class StackedBatchNorm(nnx.Module):
         shape = (num_stacks, features)
         self.scale, self.bias = nnx.Param(jnp.ones(shape)), nnx.Param(jnp.zeros(shape))
         self.mean, self.variance = State(jnp.zeros(shape)), State(jnp.ones(shape))
+        self.seen = State(jnp.zeros((num_stacks, 1)))
 
     def __call__(
         self, x: Float[Array, "expert batch features"], context: Context = Context()
     ) -> Float[Array, "expert batch features"]:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean, variance = self.mean[...], self.variance[...]
+        mean, variance = settled(self.mean[...], self.variance[...], self.seen[...])
         if context.train:
             of_batch, enough = jax.vmap(lambda one: batch_moments(one, context))(x)
             enough = enough[:, None]
-            for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1])):
+            for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1]), (self.seen, 1.0)):
                 moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
                 stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
             mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))

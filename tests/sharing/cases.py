@@ -353,6 +353,8 @@ def draw_states(strategy, generator: np.random.Generator) -> None:
                 drawn = 0.5 + drawn**2
             case "centres":
                 drawn = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+            case "seen":
+                drawn = 1.0
             case "alpha":
                 drawn = 1.25
             case "epoch":

@@ -171,6 +171,7 @@ def test_partitioned_norm_of_one_domain_is_batch_norm():
     plain.scale[...] = norm.scale[...] * norm.domain_scale[...][0]
     plain.bias[...] = norm.bias[...] + norm.domain_bias[...][0]
     plain.mean[...], plain.variance[...] = norm.mean[...][0], norm.variance[...][0]
+    plain.seen[...] = norm.seen[...][0, 0]
     for train in (True, False):
         (y, states), (expected, of_plain) = (step(one, domain=0 * DOMAIN, train=train) for one in (norm, plain))
         close(y, expected)

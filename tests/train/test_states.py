@@ -11,7 +11,7 @@ from flax import nnx
 from mtl_jax.balancing import equal, graddrop, modo
 from mtl_jax.data.batching import as_batch
 from mtl_jax.errors import ConfigError, Interrupted
-from mtl_jax.nn import Context, State, stream
+from mtl_jax.nn import BatchNorm, Context, PartitionedNorm, StackedBatchNorm, State, stream
 from mtl_jax.sharing import ResFlow
 from mtl_jax.train import BalancingOptions, Member, Objective, Step, fit, fit_many
 from mtl_jax.train.state import Functional
@@ -39,7 +39,7 @@ def one_step(problem, batch=None, **options):
 def test_a_step_takes_over_what_its_forward_pass_assigned(problem):
     model, _, batch = problem
     step, before, after = one_step(problem)
-    assert len(step.functional.state_paths) == 2 * 2 * 2  # mean and variance, of two layers, of two tasks
+    assert len(step.functional.state_paths) == 3 * 2 * 2  # mean, variance and their share, of two layers, of two tasks
     functional, params, rest = Functional.of(model)
     alone = functional.merge(params, rest)
     context = Context(train=True, rngs=stream(jax.random.key(0), "any"), step=jnp.int32(0))
@@ -66,6 +66,20 @@ def test_a_step_that_is_skipped_leaves_them(problem):
     _, before, after = one_step(problem, batch | {"labels": labels, "mask": mask}, objective=skip)
     for path, array in before.rest.items():
         np.testing.assert_array_equal(after.rest[path], array)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 40])
+@pytest.mark.parametrize("kind", ["batch", "stacked", "partitioned"])
+def test_a_model_of_few_steps_is_evaluated_as_it_was_trained(kind, steps):
+    """The running moments start at 0 and 1; what is left of that does not enter. Inputs are as small as new tables."""
+    norm = {"batch": BatchNorm(3), "stacked": StackedBatchNorm(2, 3), "partitioned": PartitionedNorm(3, 2)}[kind]
+    x = jnp.asarray(0.3 + 0.1 * np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
+    x = jnp.stack([x, 2 * x]) if kind == "stacked" else x
+    context = Context(domain=jnp.arange(8) % 2)
+    for _ in range(steps):
+        trained = norm(x, context._replace(train=True))
+    np.testing.assert_allclose(norm(x, context), trained, rtol=0.01, atol=0.01)  # 1 - 0.99 costs digits
+    assert np.abs(np.asarray(norm.mean[...])).max() < 0.7 * (1 - 0.99**steps)  # the stored ones are on their way
 
 
 def test_they_stay_in_float32(problem):

@@ -19,8 +19,8 @@ class BatchNorm(nnx.Module):
 
     In training the moments are those of the batch, weighted by ``context.weight`` (rows of weight 0 do not enter) and
     summed over the devices of ``context.axis``; the running moments go a hundredth of the way to them. Evaluation reads
-    the running ones, so that a row's prediction does not depend on the others of its batch, and without what is left in
-    them of their start (mean 0, variance 1), so that a model of few steps is evaluated as it was trained. A batch with less
+    the running ones, so that a row's prediction does not depend on the others of its batch, divided by the
+    share of them that batches have, so that a model of few steps is evaluated as it was trained. A batch with less
     than two rows of positive weight is normalised by the running moments and leaves them.
 
     Args:
@@ -33,7 +33,7 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, features: int, *, rngs: nnx.Rngs | None = None):
         self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
-        self.mean, self.variance = State(jnp.zeros(features)), State(jnp.ones(features))
+        self.mean, self.variance = State(jnp.zeros(features)), State(jnp.zeros(features))
         self.seen = State(jnp.zeros(()))  # share of the running moments that comes from batches
 
     def __call__(
@@ -54,9 +54,9 @@ class BatchNorm(nnx.Module):
 def settled(
     mean: Float[Array, "*features"], variance: Float[Array, "*features"], seen: Float[Array, "*features"]
 ) -> tuple[Float[Array, "*features"], Float[Array, "*features"]]:
-    """Running moments without their start, from the share of them that batches have; the start itself where that is 0."""
+    """Moments from running ones that start at 0 and the share of them that batches have; where that is 0, 0 and 1."""
     share = jnp.where(seen > 0, seen, 1)
-    return mean / share, jnp.where(seen > 0, jnp.maximum(variance - (1 - seen), 0) / share, variance)
+    return mean / share, jnp.where(seen > 0, variance / share, 1)
 
 
 def batch_moments(

@@ -53,7 +53,7 @@ class PartitionedNorm(nnx.Module):
         shape = (num_domains, features)
         self.scale, self.bias = nnx.Param(jnp.ones(features)), nnx.Param(jnp.zeros(features))
         self.domain_scale, self.domain_bias = nnx.Param(jnp.ones(shape)), nnx.Param(jnp.zeros(shape))
-        self.mean, self.variance = State(jnp.zeros(shape)), State(jnp.ones(shape))
+        self.mean, self.variance = State(jnp.zeros(shape)), State(jnp.zeros(shape))
         self.seen = State(jnp.zeros((num_domains, 1)))
 
     def __call__(

@@ -22,7 +22,7 @@ class StackedBatchNorm(nnx.Module):
     def __init__(self, num_stacks: int, features: int):
         shape = (num_stacks, features)
         self.scale, self.bias = nnx.Param(jnp.ones(shape)), nnx.Param(jnp.zeros(shape))
-        self.mean, self.variance = State(jnp.zeros(shape)), State(jnp.ones(shape))
+        self.mean, self.variance = State(jnp.zeros(shape)), State(jnp.zeros(shape))
         self.seen = State(jnp.zeros((num_stacks, 1)))
 
     def __call__(

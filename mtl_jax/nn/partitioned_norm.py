@@ -19,8 +19,9 @@ class PartitionedNorm(nnx.Module):
 
     In training the moments are those of the domain's rows in the batch, weighted by ``context.weight`` (rows of weight 0 do
     not enter) and summed over the devices of ``context.axis``; the domain's running moments go a hundredth of the way to
-    them. Evaluation reads the running ones. A domain with less than two rows of positive weight in the batch is normalised
-    by its running moments and keeps them. With one domain this is :class:`mtl_jax.nn.BatchNorm`.
+    them. Evaluation reads the running ones, divided by the share of them that batches have. A domain with less than two
+    rows of positive weight in the batch is normalised by its running moments and keeps them. With one domain this is
+    :class:`mtl_jax.nn.BatchNorm`.
 
     Args:
       features: Width of x.

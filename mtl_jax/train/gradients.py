@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from mtl_jax.arguments import check_count
 from mtl_jax.balancing import Balancer
 from mtl_jax.balancing.base import combine, null_rows, weigh
-from mtl_jax.balancing.rows import combine_rows, gramian
+from mtl_jax.balancing.rows import combine_rows, gramian, num_rows
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
 from mtl_jax.train.cut_model import CutLeaves, CutModel, below_cut, in_scope, only_in_scope, parts_side_by_side, union
@@ -29,6 +29,8 @@ HEAD_GRADIENTS = ("auto", "plain", "weighted")
 JACOBIANS = ("map", "vmap")
 SCALES = ("paper", "sum", "mean")
 LENGTHS = ("native", "sum_norm", "unit")
+UNROLLED = 8
+"""Up to so many tasks a loop over them is written out: a program of a loop costs up to a fifth of a small step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,8 @@ class BalancingOptions:
         ``shared`` (with the tables) or ``all`` (with the heads). The weights then act on all shared parameters.
       head_gradient: What a task's own parameters receive: its gradient (``plain``), its gradient times its weight
         (``weighted``), or what the method's definition implies (``auto``).
-      jacobian: How per-task parameter gradients are computed: one task after the other (``map``: memory of one gradient
-        at a time, faster on CPU) or together (``vmap``).
+      jacobian: How per-task parameter gradients are computed: one task after the other (``map``: memory of one backward
+        pass at a time, faster on CPU) or together (``vmap``).
       scale: Whether the length of the direction is that of the method's paper, or for methods whose length is that of a
         sum or of a mean of the gradients, the other one (``sum``, ``mean``).
       length: ``native``; or the direction is given the length of the plain sum (``sum_norm``), or 1 (``unit``), to
@@ -283,23 +285,27 @@ def _one_pass_a_head(model: CutModel, balancer, state, key, options) -> Balanced
     """
     at_cut = options.scope == "representation"
     needs_products = balancer.needs == "gramian"
-    products = None
+    products, rows = None, None
     if model.parts is None:
         losses, own, jacobian, pull = model.at_cut(model.part)
         losses, own = model.total((losses, own))
+        kept = balancer.kept(state) if needs_products else None
 
         def compare():
-            of_heads, rows, down = own, jacobian, pull
+            of_heads, of_cut, down = own, jacobian, pull
             if model.sample is not None:
-                _, of_heads, rows, down = model.at_cut(model.sample)
+                _, of_heads, of_cut, down = model.at_cut(model.sample)
                 of_heads = model.total(of_heads)
             if at_cut:
-                return model.total(balancer.products(rows.rows))
-            rows = _pull_each(_pull_in_scope(down, options), rows, options)
-            return balancer.products(model.total(rows)) + _of_heads(model, of_heads, options)
+                return model.total(balancer.products(of_cut.rows)), None
+            rows = model.total(_pull_each(_pull_in_scope(down, options), of_cut, options))
+            return balancer.products(rows) + _of_heads(model, of_heads, options), rows
 
-        if needs_products:
-            products = _where_due(compare, balancer.kept(state))
+        if kept is not None:
+            products = _where_due(lambda: compare()[0], kept)
+        elif needs_products:
+            products, rows = compare()
+            rows = rows if model.sample is None else None  # of other data
     else:
 
         def summed(part):
@@ -311,7 +317,7 @@ def _one_pass_a_head(model: CutModel, balancer, state, key, options) -> Balanced
         pull = None
         if needs_products and not at_cut:
             products = balancer.products(only_in_scope(jacobian, options.scope)) + _of_heads(model, own, options)
-    return by_weights(model, TaskGradients(losses, own, jacobian, pull), products, balancer, state, key, options)
+    return by_weights(model, TaskGradients(losses, own, jacobian, pull, rows), products, balancer, state, key, options)
 
 
 def _of_heads(model: CutModel, own, options) -> Array | float:
@@ -321,10 +327,8 @@ def _of_heads(model: CutModel, own, options) -> Array | float:
     return jnp.diag(jnp.stack([sum(jnp.vdot(g, g) for g in jax.tree.leaves(own[task])) for task in model.heads]))
 
 
-def _where_due(compare: Callable[[], Array], kept: tuple[Array, Array] | None) -> Array:
+def _where_due(compare: Callable[[], Array], kept: tuple[Array, Array]) -> Array:
     """New products where they are due, else those that were kept."""
-    if kept is None:
-        return compare()
     due, products = kept
     return jax.lax.cond(due, compare, lambda: products.astype(jax.eval_shape(compare).dtype))
 
@@ -343,7 +347,7 @@ def _entry_by_entry(model: CutModel, balancer, state, key, options) -> Balanced:
 
         losses, own, jacobian = model.sum(summed)
         rows, pull = only_in_scope(jacobian, options.scope), None
-    return by_entries(model, TaskGradients(losses, own, jacobian, pull), rows, balancer, state, key, options)
+    return by_entries(model, TaskGradients(losses, own, jacobian, pull, rows), rows, balancer, state, key, options)
 
 
 def _unit_by_unit(model: CutModel, balancer, state, key, options) -> Balanced:
@@ -387,12 +391,15 @@ class TaskGradients(NamedTuple):
       own: Task -> path -> gradient, of each task's own parameters.
       jacobian: Per-task gradients at the cut, or of the parameters below it.
       pull: From the cut down to the parameters; None where the Jacobian is already theirs, summed over devices.
+      rows: Path -> per-task gradients, summed over devices, of parameters for which they are known already: a sum of
+        these spares a part of the way down, or all of it.
     """
 
     losses: TaskLoss
     own: dict[str, dict[str, Array]]
     jacobian: PyTree[Float[Array, "task ..."]]
     pull: Callable[[PyTree], dict[str, Array]] | None = None
+    rows: dict[str, Float[Array, "task ..."]] | None = None
 
 
 def task_gradients(model: CutModel, part: Any) -> TaskGradients:
@@ -499,8 +506,13 @@ def weighted_sum(
     """
 
     def combined(weights):
-        rows = combine_rows(weights, found.jacobian)
-        return rows if found.pull is None else model.total(found.pull(rows))
+        if found.pull is None:
+            return combine_rows(weights, found.jacobian)
+        pulled = found.pull(combine_rows(weights, found.jacobian))
+        if not found.rows:
+            return model.total(pulled)
+        unknown = {path: gradient for path, gradient in pulled.items() if path not in found.rows}
+        return model.total(unknown) | combine_rows(weights, found.rows)
 
     below, own = combined(weights), found.own
     if of_heads is not None:
@@ -525,4 +537,10 @@ def _pull_in_scope(pull, options: BalancingOptions):
 
 
 def _pull_each(pull, jacobian, options: BalancingOptions):
-    return jax.lax.map(pull, jacobian) if options.jacobian == "map" else jax.vmap(pull)(jacobian)
+    if options.jacobian == "vmap":
+        return jax.vmap(pull)(jacobian)
+    num_tasks = num_rows(jacobian)
+    if num_tasks > UNROLLED:
+        return jax.lax.map(pull, jacobian)
+    rows = [pull(jax.tree.map(lambda leaf, task=task: leaf[task], jacobian)) for task in range(num_tasks)]
+    return jax.tree.map(lambda *row: jnp.stack(row), *rows)

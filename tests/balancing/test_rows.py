@@ -24,6 +24,17 @@ def test_gramian_of_a_pytree_is_that_of_the_concatenated_rows(tree):
     np.testing.assert_allclose(gramian(tree), flat(tree) @ flat(tree).T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_tasks", range(1, 8))
+def test_gramian_of_any_number_of_tasks(num_tasks):
+    """Few rows are multiplied pair by pair, many as a matrix."""
+    generator = np.random.default_rng(num_tasks)
+    tree = {"kernel": (num_tasks, 5, 3, 4), "bias": (num_tasks, 6), "scalar": (num_tasks,)}
+    tree = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in tree.items()}
+    rows = np.concatenate([leaf.reshape(num_tasks, -1) for leaf in tree.values()], axis=1).astype(float)
+    found = gramian({name: jnp.asarray(leaf) for name, leaf in tree.items()})
+    np.testing.assert_allclose(found, rows @ rows.T, rtol=1e-5, atol=1e-5)
+
+
 def test_gramian_of_half_precision_rows_is_accumulated_in_float32():
     """Summed in bfloat16, 4096 ones stop at 256."""
     products = gramian(jnp.ones((2, 4096), jnp.bfloat16))

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import references
 from flax import nnx
 
 from mtl_jax.nn import Gate, State
@@ -32,15 +31,6 @@ from mtl_jax.sharing import (
     SoftSharing,
 )
 
-
-def _references():
-    spec = importlib.util.spec_from_file_location("references", Path(__file__).with_name("references.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-references = _references()
 TASKS = ("click", "buy", "return")
 WIDTH = 6
 """Of the input."""
@@ -332,9 +322,9 @@ CASES = {
 }
 
 
-def make(name, tasks=TASKS, seed=0):
-    """A strategy whose parameters are all drawn, biases and norms too."""
-    strategy = CASES[name].make(WIDTH, tasks, rngs=nnx.Rngs(seed))
+def make(case, tasks=TASKS, seed=0):
+    """The strategy of a case, with all parameters drawn, biases and norms too."""
+    strategy = case.make(WIDTH, tasks, rngs=nnx.Rngs(seed))
     generator = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(nnx.state(strategy, nnx.Param)):
         drawn = 0.6 * generator.standard_normal(variable.shape)

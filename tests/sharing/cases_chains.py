@@ -1,22 +1,12 @@
 """The cases of strategies with ordered tasks, with branches and with a hierarchy."""
 
-import importlib.util
-from pathlib import Path
+import cases
 
 from mtl_jax.sharing.aitm import AITM
 from mtl_jax.sharing.home import HoME
 from mtl_jax.sharing.ltb import LTB
 from mtl_jax.sharing.resflow import ResFlow
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load("cases")
 Case, small, array, layer, bank, gate = (
     getattr(cases, name) for name in ("Case", "small", "array", "layer", "bank", "gate")
 )

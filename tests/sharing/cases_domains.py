@@ -1,9 +1,8 @@
 """The cases of strategies that read the domain of a row, or a prior."""
 
-import importlib.util
-from pathlib import Path
-
+import cases
 import numpy as np
+import references_domains as references
 
 from mtl_jax.sharing import MMoE
 from mtl_jax.sharing.epnet import EPNet
@@ -11,15 +10,6 @@ from mtl_jax.sharing.m2m import M2M
 from mtl_jax.sharing.m3oe import M3oE
 from mtl_jax.sharing.ppnet import PPNet
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, references = _load("cases"), _load("references_domains")
 Case, array, bank, by_task, gate, layer, mlp, small = (
     getattr(cases, name) for name in ("Case", "array", "bank", "by_task", "gate", "layer", "mlp", "small")
 )

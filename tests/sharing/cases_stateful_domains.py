@@ -1,10 +1,10 @@
 """The multi-domain strategies with state as their tests see them; what :mod:`cases` is for the others."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import cases
 import numpy as np
+import references_domains as references
 
 from mtl_jax.sharing.adapt_dhm import AdaptDHM
 from mtl_jax.sharing.adasparse import AdaSparse
@@ -12,15 +12,6 @@ from mtl_jax.sharing.hamur import HAMUR
 from mtl_jax.sharing.sar_net import SARNet
 from mtl_jax.sharing.star import STAR
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, references = _load("cases"), _load("references_domains")
 Case, array, layer, mlp, small = (getattr(cases, name) for name in ("Case", "array", "layer", "mlp", "small"))
 
 

@@ -1,9 +1,8 @@
 """AITM, ResFlow, LTB and HoME: what they reduce to, where gradients go, what training moves."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import cases_chains as chains
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,15 +20,6 @@ from mtl_jax.sharing.ltb import LTB
 from mtl_jax.sharing.resflow import ResFlow
 from mtl_jax.train.state import Functional
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-chains = _load("cases_chains")
 cases, references = chains.cases, chains.cases.references
 CASES, TASKS, WIDTH = chains.CASES, cases.TASKS, cases.WIDTH
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")

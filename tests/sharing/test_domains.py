@@ -1,9 +1,8 @@
 """What the strategies for domains, for a prior and for several sets of tables claim beyond their equations."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import cases_domains as domains
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +18,6 @@ from mtl_jax.sharing.ppnet import PPNet
 from mtl_jax.sharing.stem import STEM
 from mtl_jax.train.state import Functional
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-domains = _load("cases_domains")
 cases, CASES, TASKS = domains.cases, domains.CASES, domains.cases.TASKS
 X, CONTEXT = cases.rows(), cases.context()
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")

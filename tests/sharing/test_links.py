@@ -1,14 +1,13 @@
 """Task links: their equations, which towers they share, and steps of models that they tie."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import references_links as references
 from flax import nnx
 
 from mtl_jax.balancing import equal
@@ -51,16 +50,6 @@ SHARING = {
     "mmoe": functools.partial(MMoE, num_experts=2, expert_units=(4,), dropout=0.0),
     "cgc": functools.partial(CGC, expert_units=(4,), dropout=0.0),
 }
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-references = load("references_links")
 
 
 def draw(rows=7, seed=0, scale=2.0):

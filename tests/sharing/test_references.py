@@ -1,23 +1,13 @@
 """References of strategies and links that are still to come, held to what is known of them in closed form."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
+import references as strategies
+import references_domains as domains
+import references_links as links
 
 TASKS = ("click", "buy")
 X = np.random.default_rng(0).standard_normal((6, 4))
 DOMAIN = np.array([0, 1, 1, 0, 1, 2])
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-strategies, domains, links = load("references"), load("references_domains"), load("references_links")
 
 
 def draw(*shape, seed=1):

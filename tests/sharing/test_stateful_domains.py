@@ -1,9 +1,8 @@
 """The multi-domain strategies with state: what each is besides an equation, in training too."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import cases_stateful_domains as cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,15 +20,6 @@ from mtl_jax.sharing.hamur import HAMUR
 from mtl_jax.sharing.sar_net import SARNet
 from mtl_jax.sharing.star import STAR
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load("cases_stateful_domains")
 references = cases.references
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 TASKS, WIDTH = ("click", "buy"), 6

@@ -1,9 +1,11 @@
 """What every strategy owes: its equations, its labels, a complete cut, rows that do not mix."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
+import cases
+import cases_chains
+import cases_domains
+import cases_stateful_domains
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,18 +20,8 @@ from mtl_jax.train.gradients import TaskGradients, weighted_sum
 from mtl_jax.train.objective import TaskLoss
 from mtl_jax.train.state import Functional
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = _load("cases")
-for further in ("cases_chains", "cases_domains", "cases_stateful_domains"):
-    cases.CASES.update(_load(further).CASES)
-CASES, TASKS, make = cases.CASES, cases.TASKS, cases.make
+TASKS = cases.TASKS
+CASES = cases.CASES | cases_chains.CASES | cases_domains.CASES | cases_stateful_domains.CASES
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 EVERY = pytest.mark.parametrize("name", CASES)
 ONE_OF_EACH = [name for name in CASES if "," not in name or name == "ple, three levels"]
@@ -45,6 +37,10 @@ ANY_TASKS = pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if CAS
 
 
 CONTEXT = cases.context()
+
+
+def make(name, *arguments, **options):
+    return cases.make(CASES[name], *arguments, **options)
 
 
 def output_sum(outputs, task):

@@ -488,7 +488,7 @@ def sdmgrad(lambda_, inner_lr, momentum, num_iterations):
         products = first @ second.T
         scale = np.mean(np.sqrt(np.maximum(np.diagonal(products), 0))) ** 2
         velocity = np.zeros(len(last))
-        for _ in range(num_iterations if scale > 0 else 0):
+        for _ in range(num_iterations if scale > 1e-12 * np.abs(products).max() else 0):
             velocity = momentum * velocity + products @ (mixture + lambda_ * preference) / scale
             mixture = on_simplex(mixture - inner_lr * velocity)
         state.mixture = mixture
@@ -635,7 +635,11 @@ def pe_ltr(min_weight):
         bounds = np.broadcast_to(min_weight, 8)[tasks]
         total = 1 - bounds.sum()
         start, free = np.full(len(rows), total / len(rows)), scipy.linalg.null_space(np.ones((1, len(rows))))
-        moves = np.linalg.lstsq(rows.T @ free, -(start + bounds) @ rows, rcond=1e-10)[0]
+        slopes = rows.T @ free
+        slopes = np.where(
+            np.abs(slopes) > 1e-12 * np.abs(rows).max(), slopes, 0
+        )  # between equal gradients there is none
+        moves = np.linalg.lstsq(slopes, -(start + bounds) @ rows, rcond=1e-10)[0]
         return (on_simplex(start + free @ moves, total) + bounds)[:, None] * rows
 
     return step

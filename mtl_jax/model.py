@@ -66,7 +66,8 @@ class MultiTaskModel(nnx.Module):
       history: ``(width, max_len, *, rngs) -> module``, once per sequence feature: what becomes of its items. A module with
         ``needs_target`` also reads the first categorical feature of the same vocabulary.
       sharing: ``(in_features, tasks, *, rngs) -> Strategy``.
-      towers: ``(in_features, out_features, *, rngs) -> module``, once per task; with ``use_bias=False`` for ordinal ones.
+      towers: ``(in_features, out_features, *, rngs) -> module``, once per task; with ``use_bias=False`` for ordinal ones,
+        and ``num_domains`` where it asks for it.
       link: ``tasks -> Link``: what ties tasks together at their logits (ESMM and its like); none by default, but where the
         strategy brings one (ResFlow, AITM).
       prior: Names of the features whose embeddings the strategy's gates read beside its input (``context.prior``), for a
@@ -77,7 +78,7 @@ class MultiTaskModel(nnx.Module):
     Raises:
       SchemaError: There is no feature, a name of a task or vocabulary has a slash, or a history lacks what it compares
         with.
-      ConfigError: The strategy needs domains or a prior that the data lack, or the link cannot tie these tasks.
+      ConfigError: Strategy or towers need domains or a prior that the data lack, or the link cannot tie these tasks.
 
     Labels: ``tables`` are ``embedding``; under ``task/<name>`` (towers, parameters of its loss, private tables, a
     strategy's own parts) that task's; the rest ``shared``. Where a link makes the losses of other tasks reach a tower, the
@@ -118,11 +119,9 @@ class MultiTaskModel(nnx.Module):
             return encoder(len(self.features), len(schema.dense_names), rngs=_rngs(key, f"{owner}encoder"))
 
         shared_encoder = encoded("")
-        parameters = parameters_of(sharing)
-        self.prior = _prior(prior, schema) if "prior_features" in parameters else ()
+        self.prior = _prior(prior, schema) if "prior_features" in parameters_of(sharing) else ()
         given = {"num_domains": len(schema.domains), "prior_features": len(self.prior) * shared_encoder.embedding_dim}
-        asked = {name: given[name] for name in given if name in parameters}
-        _check_given({name: asked[name] for name in asked if parameters[name].default is inspect.Parameter.empty})
+        asked, of_towers = _asked(sharing, given, "sharing"), _asked(towers, given, "towers")
         self.link = link(self.task_names)
         towered = self.link.towers
         self.sharing = sharing(shared_encoder.out_features, towered, **asked, rngs=_rngs(key, "sharing"))
@@ -143,7 +142,7 @@ class MultiTaskModel(nnx.Module):
             )
 
         def tower(task: Task, where: str) -> nnx.Module:
-            options = {"use_bias": False} if task.kind == "ordinal" else {}
+            options = of_towers | ({"use_bias": False} if task.kind == "ordinal" else {})
             return towers(self.sharing.out_features, task.width, **options, rngs=_rngs(key, where))
 
         private = self.sharing.private_tables
@@ -251,7 +250,10 @@ class MultiTaskModel(nnx.Module):
         return next(found, None)
 
     def head(self, task: str, common: Any, context: Context = Context()) -> Float[Array, "batch *out"]:
-        """Outputs of one task, from the cut: those of its tower, then what the parameters of its loss make of them."""
+        """Outputs of one task, from the cut: those of its tower, then what the parameters of its loss make of them.
+
+        The context says the domains of the rows, for towers that tell them apart.
+        """
         if type(self.link) is Link:
             outputs, own = self._tower(task, common, context), self.task[task]
             return own[OUTPUTS](outputs) if OUTPUTS in own else outputs
@@ -299,7 +301,9 @@ class MultiTaskModel(nnx.Module):
 
     def __call__(self, batch: Mapping[str, Any], context: Context = Context()) -> dict[str, Float[Array, "batch *out"]]:
         """Outputs of all tasks for a batch (see :func:`mtl_jax.data.batching.as_batch`)."""
-        common = self.common(self.inputs(batch), context)
+        inputs = self.inputs(batch)
+        context = context._replace(domain=inputs.domain)
+        common = self.common(inputs, context)
         return {task: self.head(task, common, context) for task in self.task_names}
 
 
@@ -319,18 +323,26 @@ def _prior(names: ListOf[str] | None, schema: Schema) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_given(asked: Mapping[str, int]) -> None:
-    """What a strategy asks for has to be there."""
-    if asked.get("num_domains") == 0:
+def _asked(part: Callable[..., Any], given: Mapping[str, int], name: str) -> dict[str, int]:
+    """What the constructor of a part asks for of the data; it has to be there, but where it can do without."""
+    parameters = parameters_of(part)
+    asked = {argument: given[argument] for argument in given if argument in parameters}
+    absent = {
+        argument
+        for argument, value in asked.items()
+        if value == 0 and parameters[argument].default is inspect.Parameter.empty
+    }
+    if "num_domains" in absent:
         raise ConfigError(
-            "the sharing strategy tells domains apart and the data have none; expected data with domains. Name their "
-            "column (data.domain), or choose another sharing"
+            f"{name} needs domains and the data have none; expected data with domains. Name their column (data.domain), or "
+            f"choose another {name}"
         )
-    if asked.get("prior_features") == 0:
+    if "prior_features" in absent:
         raise ConfigError(
-            "the sharing strategy reads embeddings of user and item and the data have neither as a feature; expected one. "
-            "Name features in prior=[...], or choose another sharing"
+            f"{name} reads embeddings of user and item and the data have neither as a feature; expected one. Name features "
+            f"in prior=[...], or choose another {name}"
         )
+    return asked
 
 
 def _link(link: Link, sharing: nnx.Module, schema: Schema) -> Link:

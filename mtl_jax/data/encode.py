@@ -27,12 +27,20 @@ def fit_schema(schema: Schema, train: pl.DataFrame) -> Schema:
     Returns:
       The schema with vocabularies by (-count, value), a vocabulary of several features over the union of their values;
       numeric moments in float64 over the finite values after the transform; classes and domains in ascending order.
+
+    Raises:
+      SchemaError: The default domain is none of the domains.
     """
     schema = fit_classes(schema, train)
     label = labels(train, schema)
     domains = schema.domains
     if schema.domain is not None and not domains:
         domains = tuple(train[schema.domain].drop_nulls().unique().sort().cast(pl.String))
+    if schema.default_domain is not None and schema.default_domain not in domains:
+        raise SchemaError(
+            f"default_domain is '{schema.default_domain}'; expected one of the domains {list(domains)}. Change it, or "
+            "leave it out"
+        )
     return dataclasses.replace(
         schema,
         vocabularies=tuple(_fit_vocabulary(v, schema, train) for v in schema.vocabularies),
@@ -247,13 +255,15 @@ def _encode_domain(frame: pl.DataFrame, schema: Schema) -> np.ndarray | None:
     column = frame[schema.domain]
     distinct = column.unique()
     known = {value: index for index, value in enumerate(schema.domains)}
-    unknown = [value for value in distinct.cast(pl.String) if value not in known]
-    if unknown:
+    names = distinct.cast(pl.String)
+    unknown = [value for value in names if value not in known]
+    if unknown and schema.default_domain is None:
         raise SchemaError(
             f"unknown domains {sorted(map(str, unknown))} in column '{schema.domain}'; the schema has "
-            f"{list(schema.domains)}. Set Schema.domains to all of them, or drop these rows"
+            f"{list(schema.domains)}. Set Schema.domains to all of them, or Schema.default_domain, or drop these rows"
         )
-    return _replace(column, distinct, np.array([known[value] for value in distinct.cast(pl.String)], np.int32))
+    default = known.get(schema.default_domain)
+    return _replace(column, distinct, np.array([known.get(value, default) for value in names], np.int32))
 
 
 def _keys(frame: pl.DataFrame, column: str | None, codes: np.ndarray | None) -> np.ndarray | None:

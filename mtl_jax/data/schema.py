@@ -133,6 +133,7 @@ class Schema:
       tasks: In the order of every per-task array.
       domain: Column of the domain (scenario), or None.
       domains: Names of the domains; the position is the id.
+      default_domain: The one of them that rows of any other domain, and of none, count as; None: they are an error.
       user: Column of the user, for grouped metrics and baselines; a feature only if also listed.
       item: Column of the item, for baselines; a feature only if also listed.
       group: Column of the unit that may not cross splits.
@@ -149,6 +150,7 @@ class Schema:
     tasks: tuple[Task, ...]
     domain: str | None = None
     domains: tuple[str, ...] = ()
+    default_domain: str | None = None
     user: str | None = None
     item: str | None = None
     group: str | None = None

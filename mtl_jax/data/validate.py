@@ -215,7 +215,7 @@ def _check_weights(frames: dict[str, pl.DataFrame], schema: Schema) -> None:
 
 
 def _check_domains(frames: dict[str, pl.DataFrame], schema: Schema) -> None:
-    if schema.domain is None:
+    if schema.domain is None or schema.default_domain is not None:
         return
     present = pl.concat([frame[schema.domain].cast(pl.String) for frame in frames.values()]).unique().to_list()
     nulls = None in present
@@ -223,7 +223,8 @@ def _check_domains(frames: dict[str, pl.DataFrame], schema: Schema) -> None:
     if nulls or unknown:
         raise SchemaError(
             f"unknown domains {unknown + ['null'] * nulls} in column '{schema.domain}'; the schema has "
-            f"{list(schema.domains) or 'none and takes those of the column'}. Set Schema.domains, or drop these rows"
+            f"{list(schema.domains) or 'none and takes those of the column'}. Set Schema.domains or Schema.default_domain, "
+            "or drop these rows"
         )
 
 

@@ -4,6 +4,7 @@ from mtl_jax.nn.batch_norm import BatchNorm
 from mtl_jax.nn.context import Context, stream
 from mtl_jax.nn.cross_encoder import CrossEncoder
 from mtl_jax.nn.domain_linear import DomainLinear
+from mtl_jax.nn.domain_tower import DomainTower
 from mtl_jax.nn.embedding import Lookup, Table
 from mtl_jax.nn.encoder import Encoder
 from mtl_jax.nn.experts import Experts, StackedLinear
@@ -30,6 +31,7 @@ __all__ = [
     "Cutpoints",
     "Dispersion",
     "DomainLinear",
+    "DomainTower",
     "Encoder",
     "Experts",
     "FMEncoder",

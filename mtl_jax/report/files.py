@@ -14,7 +14,7 @@ from mtl_jax.report.aggregate import aggregate, candidates_frame, differences_fr
 from mtl_jax.report.folder import write_atomically
 from mtl_jax.report.rows import Comparison
 
-FORMATS = ("md", "tex", "csv", "json", "parquet", "html")
+FORMATS = ("md", "tex", "csv", "json", "parquet", "png", "html")
 
 
 def write_report(
@@ -28,6 +28,7 @@ def write_report(
     csv        ``results.csv``, ``differences.csv``, ``candidates.csv``; those that have rows
     json       ``table.json``, the aggregate record
     parquet    ``members.parquet``, every metric of every run
+    png        ``sweep.png``, metrics over a number of the data (``axis.data.*``); where one varies
     html       ``report.html``, one page that opens offline
     =========  ==========================================================================================
 
@@ -46,6 +47,7 @@ def write_report(
         "csv": lambda: _csv(comparisons),
         "json": lambda: {"table.json": f"{json.dumps(aggregate(ablation, comparisons), indent=2)}\n".encode()},
         "parquet": lambda: {"members.parquet": _parquet(members_frame(ablation))},
+        "png": lambda: _sweep(comparisons),
         "html": lambda: {"report.html": _page(ablation, comparisons).encode()},
     }
     written = []
@@ -69,6 +71,15 @@ def _parquet(frame: pl.DataFrame) -> bytes:
     buffer = io.BytesIO()
     frame.write_parquet(buffer)
     return buffer.getvalue()
+
+
+def _sweep(comparisons: Sequence[Comparison]) -> dict[str, bytes]:
+    # Here and not above, as below.
+    from mtl_jax.report import sweep
+    from mtl_jax.report.drawing import marks
+
+    axis = sweep.axis_of(comparisons)
+    return {} if axis is None else {"sweep.png": sweep.draw(axis, marks(comparisons))}
 
 
 def _page(ablation: Ablation, comparisons: Sequence[Comparison]) -> str:

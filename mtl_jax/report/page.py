@@ -1,5 +1,6 @@
 """The report as one HTML file that opens without a network: a table, its notes, and figures that answer to the mouse."""
 
+import base64
 import html
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
-from mtl_jax.report import curves, figures
+from mtl_jax.report import curves, figures, sweep
 from mtl_jax.report.ablation import Ablation
 from mtl_jax.report.drawing import Mark, marks
 from mtl_jax.report.pareto import pareto
@@ -84,6 +85,7 @@ def page(ablation: Ablation, comparisons: Iterable[Comparison], *, title: str | 
 <body>
 <h1>{html.escape(title)}</h1>
 {_opening(ablation)}
+{_sweep(comparisons, look)}
 {sections}
 <h2>Where the numbers come from</h2>
 {_provenance(ablation)}
@@ -97,6 +99,20 @@ def _opening(ablation: Ablation) -> str:
     finished = sum(ablation.records.get(run_id, {}).get("status") == "completed" for run_id in planned)
     command = html.escape(ablation.facts["command"])
     return f"<p>{finished} of {len(planned)} planned runs have finished.</p>\n<p><code>{command}</code></p>"
+
+
+def _sweep(comparisons: tuple[Comparison, ...], look: Mapping[str, Mark]) -> str:
+    """All comparisons in one picture, where they differ in a number of the data."""
+    axis = sweep.axis_of(comparisons)
+    if axis is None:
+        return ""
+    picture = base64.b64encode(sweep.draw(axis, look)).decode()
+    name = html.escape(axis.name)
+    return (
+        f"<h3>Over {name}</h3>\n"
+        f"<p>Means over seeds with 95 % intervals. The sections below have one value of {name} each.</p>\n"
+        f'<img style="max-width: 100%" alt="Metrics of all arms over {name}" src="data:image/png;base64,{picture}">'
+    )
 
 
 def _section(ablation: Ablation, comparison: Comparison, look: Mapping[str, Mark], index: int) -> str:

@@ -30,7 +30,7 @@ class CrossStitch(Strategy):
       rngs: Initialisation.
 
     Labels: row k of the last matrix is ``task/<name>``, all else is ``shared``. The paper trains the matrices 100 to 1000
-    times as fast as the networks; give ``stitch`` a rate of its own for that.
+    times as fast as the networks: ``Optimizer(rate_scale={"stitch": 100.0})``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,8 @@ class Optimizer:
       weight_decay: Decoupled decay (Loshchilov and Hutter, ICLR 2019): a number for all labels, or one by label kind
         (``embedding``, ``shared``, ``task``, ``aux``; what is not named has none). In tables updated by rows only
         touched rows decay.
+      rate_scale: Name -> factor > 0 of the learning rate, for the parameters that have the name in their path:
+        ``{"stitch": 100.0}`` trains cross-stitch matrices a hundred times as fast as the networks that they join.
       clip_norm: Bound of the global norm of the gradient over all parameters, touched rows included; None: no clipping.
 
     Example:
@@ -44,6 +46,7 @@ class Optimizer:
     transform: optax.GradientTransformation = ADAM
     learning_rate: float | optax.Schedule | Mapping[str, float | optax.Schedule] = 1e-3
     weight_decay: float | Mapping[str, float] = 0.0
+    rate_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     clip_norm: float | None = None
 
     def __post_init__(self):
@@ -75,6 +78,12 @@ class Optimizer:
                 f"optimizer.weight_decay is {self.weight_decay}; expected rates >= 0 for labels of {list(LABEL_KINDS)}. "
                 "Change them"
             )
+        scale = self.rate_scale
+        if not isinstance(scale, Mapping) or not all(map(_positive, scale.values())):
+            raise ConfigError(
+                f"optimizer.rate_scale is {scale!r}; expected a number > 0 by a name in the paths of parameters, like "
+                "{stitch: 100}. Change it"
+            )
         if self.clip_norm is not None and not _positive(self.clip_norm):
             raise ConfigError(f"optimizer.clip_norm is {self.clip_norm!r}; expected a number > 0 or null. Change it")
         object.__setattr__(self, "weight_decay", decay)
@@ -88,11 +97,12 @@ class Optimizer:
             for kind, rate in self.weight_decay.items()
             if _acts(rate)
         ]
+        scaled = [optax.stateless(self._scaled)] if self.rate_scale else []
         if not isinstance(self.learning_rate, Mapping):
-            return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(self.learning_rate))
+            return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(self.learning_rate), *scaled)
         rates = {name: optax.scale_by_learning_rate(rate) for name, rate in self.learning_rate.items()}
         by_label = optax.partition(rates, lambda params: {path: self._rate_name(path) for path in params})
-        return optax.chain(self.transform, *decayed, by_label)
+        return optax.chain(self.transform, *decayed, by_label, *scaled)
 
     def rows(self, path: str) -> optax.GradientTransformation:
         """The transform of the rows of one table."""
@@ -100,16 +110,17 @@ class Optimizer:
         decayed = [optax.add_decayed_weights(decay)] if _acts(decay) else []
         rate = self.learning_rate
         rate = rate[self._rate_name(path)] if isinstance(rate, Mapping) else rate
-        return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(rate))
+        scaled = [optax.scale(self._scale(path))] if self.rate_scale else []
+        return optax.chain(self.transform, *decayed, optax.scale_by_learning_rate(rate), *scaled)
 
     def rate(self, path: str, step: Int[Array, ""]) -> Any:
         """The learning rate of a parameter after so many updates."""
         rate = self.learning_rate
         rate = rate[self._rate_name(path)] if isinstance(rate, Mapping) else rate
-        return rate(step) if callable(rate) else rate
+        return (rate(step) if callable(rate) else rate) * self._scale(path)
 
     def numbers(self) -> dict[str, Any]:
-        """Learning rates, decays and bound that are numbers: what may differ between runs of one compiled program.
+        """Learning rates and factors, decays, bound, as far as they are numbers: what runs of one program may differ in.
 
         Schedules are functions and a decay of 0 is no decay, so both belong to the program.
         """
@@ -118,6 +129,7 @@ class Optimizer:
         return {
             "learning_rate": {name: value for name, value in rates.items() if not callable(value)},
             "weight_decay": {name: value for name, value in self.weight_decay.items() if _acts(value)},
+            "rate_scale": dict(self.rate_scale),
             "clip_norm": self.clip_norm,
         }
 
@@ -129,6 +141,7 @@ class Optimizer:
             self,
             learning_rate=dict(rate) | rates if isinstance(rate, Mapping) else rates.get(DEFAULT, rate),
             weight_decay=self.weight_decay | numbers["weight_decay"],
+            rate_scale=numbers["rate_scale"],
             clip_norm=numbers["clip_norm"],
         )
 
@@ -137,6 +150,22 @@ class Optimizer:
         rates = self.learning_rate if isinstance(self.learning_rate, Mapping) else {DEFAULT: self.learning_rate}
         schedules = tuple((name, rate) for name, rate in rates.items() if callable(rate))
         return self.transform, isinstance(self.learning_rate, Mapping), schedules
+
+    def check_names(self, paths: Iterable[str]) -> None:
+        """Raises a ConfigError for a name of ``rate_scale`` that no parameter has in its path."""
+        known = {name for path in paths for name in path.split("/")}
+        if unknown := sorted(set(self.rate_scale) - known):
+            raise ConfigError(
+                f"optimizer.rate_scale names {unknown}, which no parameter of this model has in its path; expected some of "
+                f"{sorted(known)}. Rename them"
+            )
+
+    def _scale(self, path: str) -> Any:
+        """The factor of a parameter's learning rate."""
+        return math.prod(factor for name, factor in self.rate_scale.items() if name in path.split("/"))
+
+    def _scaled(self, updates: dict[str, Array], params: Any = None) -> dict[str, Array]:
+        return {path: self._scale(path) * update for path, update in updates.items()}
 
     def _rate_name(self, path: str) -> str:
         """The entry of ``learning_rate`` that a parameter follows."""

@@ -169,6 +169,7 @@ class Step:
         functional, params, rest = Functional.of(model)
         rest |= {path: array for path, array in params.items() if not trainable(path)}
         params = {path: array for path, array in params.items() if trainable(path)}
+        optimizer.check_names([*params, *rest])
         balancer = balancer.for_tasks(tasks)
         check_scope(params, balancer, options, micro_batches)
         if functional.state_paths and (micro_batches > 1 or acts_on_units(balancer, options)):
@@ -317,7 +318,7 @@ class Step:
 
         def context(part):
             keys = {"rngs": stream(part.key, "model"), "step_rngs": stream(key, "model")}
-            return Context(train=True, step=state.step, axis=self.axis, **keys)
+            return Context(train=True, step=state.step, axis=self.axis, domain=part.inputs.domain, **keys)
 
         def common(below, part):
             return merged(below).common(part.inputs, context(part))

@@ -1,5 +1,6 @@
 """Encoding against a plain Python loop, and its invariances."""
 
+import dataclasses
 import math
 import warnings
 
@@ -305,6 +306,18 @@ def test_unknown_domain_and_uneven_weights_are_refused():
         encode(frame.with_columns(d=pl.lit("us")), fitted)
     with pytest.raises(SchemaError, match="1 rows have lists of other lengths in 'w' than in 't'"):
         encode(frame.with_columns(w=pl.Series([[1.0], [1.0, 2.0]])), fitted)
+
+
+def test_rows_of_unseen_domains_count_as_the_default_one():
+    train = pl.DataFrame({"z": [1.0, 2.0], "y": [0, 1], "d": ["nl", "es"]})
+    schema = Schema((Numeric("z"),), (), (Task("y", "binary"),), domain="d", default_domain="nl")
+    fitted = fit_schema(schema, train)
+    assert fitted.domains == ("es", "nl")
+    unseen = pl.DataFrame({"z": [1.0, 2.0, 3.0], "y": [0, 1, 0], "d": ["us", "es", None]})
+    assert encode(unseen, fitted).domain.tolist() == [1, 0, 1]
+    assert Schema.from_dict(fitted.to_dict()) == fitted
+    with pytest.raises(SchemaError, match=r"default_domain is 'us'; expected one of the domains \['es', 'nl'\]"):
+        fit_schema(dataclasses.replace(schema, default_domain="us"), train)
 
 
 def test_circular_spaces_are_refused():

@@ -91,6 +91,28 @@ def test_rates_by_label():
         np.testing.assert_allclose(updates, first[path], rtol=1e-6)
 
 
+def test_rates_are_scaled_by_a_name_in_the_path():
+    """After Adam, which would take the factor out of the gradient; and in tables, and with rates by label."""
+    scale = {"bias": 100.0, "tables": 0.5}
+    for rate in (1e-3, {"task": 1e-3, "default": 1e-2}):
+        plain, scaled = Optimizer(learning_rate=rate), Optimizer(learning_rate=rate, rate_scale=scale)
+        for path, new in descend(scaled).items():
+            factor = next((factor for name, factor in scale.items() if name in path.split("/")), 1.0)
+            step = descend(plain)[path] - PARAMS[path]
+            np.testing.assert_allclose(new - PARAMS[path], factor * step, rtol=1e-4)
+            np.testing.assert_allclose(scaled.rate(path, 0), factor * plain.rate(path, 0), rtol=1e-6)
+            by_row = scaled.rows(path)
+            updates, _ = by_row.update(GRADIENTS[path], by_row.init(PARAMS[path]), PARAMS[path])
+            np.testing.assert_allclose(updates, factor * step, rtol=1e-3)
+
+
+def test_a_name_that_no_parameter_has_is_refused(small_schema, make_model):
+    options = {"key": jax.random.key(0), "balancer": equal()}
+    model = make_model(small_schema)
+    with pytest.raises(ConfigError, match=r"rate_scale names \['stitch'\], which no parameter of this model has"):
+        Step.of(model, small_schema.tasks, optimizer=Optimizer(rate_scale={"stitch": 100.0}), **options)
+
+
 def test_a_label_without_a_rate_is_refused():
     optimizer = Optimizer(learning_rate={"shared": 0.1, "task": 0.1})
     with pytest.raises(
@@ -160,6 +182,7 @@ def test_bare_transforms_descend():
         ({"clip_norm": 0}, "clip_norm is 0; expected a number > 0 or null"),
         ({"weight_decay": {"tower": 0.1}}, r"'tower'.*expected rates >= 0 for labels of \['embedding'"),
         ({"weight_decay": -0.1}, "expected rates >= 0"),
+        ({"rate_scale": {"stitch": 0.0}}, "rate_scale is {'stitch': 0.0}; expected a number > 0 by a name"),
         ({"transform": "adam"}, "transform is 'adam'; expected an optax transform"),
     ],
 )

@@ -38,6 +38,7 @@ def load(
     item: str | None = None,
     time: str | None = None,
     domain: str | None = None,
+    default_domain: str | None = None,
     group: str | None = None,
     weight: str | None = None,
     recipe: str = "own",
@@ -73,6 +74,7 @@ def load(
       multihot: List columns, or text with ``list_separator``, without an order.
       sequence: The same, oldest entry first.
       user, item, time, domain, group, weight: Columns of these roles; see :class:`~mtl_jax.data.schema.Schema`.
+      default_domain: The domain that rows of domains which are not in train count as; None: they are an error.
       recipe: ``own``; a name for records.
       split: Name of a split. By default ``time`` with a time column, else ``cold_user`` with a user, else ``rows``.
       split_seed: Of the split.
@@ -124,6 +126,7 @@ def load(
             min_count=min_count,
             max_len=max_len,
         )
+        unfitted = dataclasses.replace(unfitted, default_domain=default_domain)
     _log.info("schema of %s:\n%s", path, yaml.safe_dump(unfitted.to_dict(), sort_keys=False))
     return Dataset.from_frame(
         frame,

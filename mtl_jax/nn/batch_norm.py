@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.nn.context import Context
 from mtl_jax.nn.state import State
@@ -40,15 +40,30 @@ class BatchNorm(nnx.Module):
         self, x: Float[Array, "batch features"], context: Context = Context()
     ) -> Float[Array, "batch features"]:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean, variance = settled(self.mean[...], self.variance[...], self.seen[...])
-        if context.train:
-            of_batch, enough = batch_moments(x, context)
-            for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1]), (self.seen, 1.0)):
-                moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
-                stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
-            mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))
+        mean, variance = moments(self, *(batch_moments(x, context) if context.train else ()))
         y = (x - mean) * lax.rsqrt(variance + EPSILON)
         return y.astype(self.scale.dtype) * self.scale[...] + self.bias[...]
+
+
+def moments(
+    norm: nnx.Module,
+    of_batch: tuple[Float[Array, "*features"], Float[Array, "*features"]] | None = None,
+    enough: Bool[Array, "..."] | None = None,
+) -> tuple[Float[Array, "*features"], Float[Array, "*features"]]:
+    """Mean and variance to normalise by: the running ones, or in training those of a batch, to which these move.
+
+    Args:
+      norm: Holds ``mean``, ``variance`` and ``seen``.
+      of_batch: Of the batch, if these count.
+      enough: Whether the batch has rows enough.
+    """
+    running = settled(norm.mean[...], norm.variance[...], norm.seen[...])
+    if of_batch is None:
+        return running
+    for stored, new in zip((norm.mean, norm.variance, norm.seen), (*of_batch, 1.0), strict=True):
+        moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
+        stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
+    return tuple(jnp.where(enough, new, old) for new, old in zip(of_batch, running, strict=True))
 
 
 def settled(

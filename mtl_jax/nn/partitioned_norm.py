@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mtl_jax.arguments import check_count
-from mtl_jax.nn.batch_norm import EPSILON, MOMENTUM, settled
+from mtl_jax.nn.batch_norm import EPSILON, moments
 from mtl_jax.nn.context import Context
 from mtl_jax.nn.domain_linear import by_row, domains_of
 from mtl_jax.nn.state import State
@@ -62,13 +62,8 @@ class PartitionedNorm(nnx.Module):
     ) -> Float[Array, "batch features"]:
         domain = domains_of(context)
         x = x.astype(jnp.promote_types(self.scale.dtype, jnp.float32))
-        mean, variance = settled(*(stored[...].astype(x.dtype) for stored in (self.mean, self.variance, self.seen)))
-        if context.train:
-            of_batch, enough = domain_moments(x, domain, len(mean), context)
-            for stored, new in zip((self.mean, self.variance, self.seen), (*of_batch, 1.0), strict=True):
-                moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
-                stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
-            mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))
+        found = domain_moments(x, domain, len(self.seen[...]), context) if context.train else ()
+        mean, variance = moments(self, *found)
         y = (x - mean[domain]) * lax.rsqrt(variance + EPSILON)[domain]
         scale = by_row(self.scale[...] * self.domain_scale[...], domain)
         return y.astype(scale.dtype) * scale + by_row(self.bias[...] + self.domain_bias[...], domain)

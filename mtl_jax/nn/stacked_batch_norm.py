@@ -6,7 +6,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from mtl_jax.nn.batch_norm import EPSILON, MOMENTUM, batch_moments, settled
+from mtl_jax.nn.batch_norm import EPSILON, batch_moments, moments
 from mtl_jax.nn.context import Context
 from mtl_jax.nn.state import State
 
@@ -29,13 +29,10 @@ class StackedBatchNorm(nnx.Module):
         self, x: Float[Array, "expert batch features"], context: Context = Context()
     ) -> Float[Array, "expert batch features"]:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean, variance = settled(self.mean[...], self.variance[...], self.seen[...])
+        found = ()
         if context.train:
             of_batch, enough = jax.vmap(lambda one: batch_moments(one, context))(x)
-            enough = enough[:, None]
-            for stored, new in ((self.mean, of_batch[0]), (self.variance, of_batch[1]), (self.seen, 1.0)):
-                moved = MOMENTUM * stored[...] + (1 - MOMENTUM) * lax.stop_gradient(new)
-                stored[...] = jnp.where(enough, moved, stored[...]).astype(stored.dtype)
-            mean, variance = (jnp.where(enough, new, old) for new, old in zip(of_batch, (mean, variance), strict=True))
+            found = of_batch, enough[:, None]
+        mean, variance = moments(self, *found)
         y = (x - mean[:, None]) * lax.rsqrt(variance + EPSILON)[:, None]
         return y.astype(self.scale.dtype) * self.scale[...][:, None] + self.bias[...][:, None]

@@ -15,7 +15,7 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.nn import MLP, Linear, stream
 from mtl_jax.sharing.base import Context, SharedParameters, Strategy, head_context
 from mtl_jax.sharing.links import FallingChances
-from mtl_jax.sharing.order import order_of
+from mtl_jax.sharing.order import check_order
 
 Kernels = tuple[Float[Array, "hidden hidden"], Float[Array, "hidden hidden"], Float[Array, "hidden hidden"]]
 
@@ -88,7 +88,7 @@ class AITM(Strategy):
         rngs: nnx.Rngs,
     ):
         self.tasks = tuple(tasks)
-        self.order = order_of(self.tasks, order)
+        self.order = check_order(order, self.tasks)
         check_counts(units, "units", empty=False)
         check_number(calibration, "calibration", least=0.0)
         rates = tuple(dropout) if isinstance(dropout, list | tuple) else (dropout,) * len(units)

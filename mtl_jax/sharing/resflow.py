@@ -14,7 +14,7 @@ from mtl_jax.nn import BatchNorm, Linear, dropout, stream
 from mtl_jax.nn.mlp import dropout_rate
 from mtl_jax.sharing.base import Context, Kept, Strategy
 from mtl_jax.sharing.links import LogitResidual
-from mtl_jax.sharing.order import order_of
+from mtl_jax.sharing.order import check_order
 
 NORMS = ("batch", "layer", "none")
 
@@ -85,7 +85,7 @@ class ResFlow(Strategy):
         rngs: nnx.Rngs,
     ):
         self.tasks = tuple(tasks)
-        self.order = order_of(self.tasks, order)
+        self.order = check_order(order, self.tasks)
         check_counts(units, "units", empty=False)
         if norm not in NORMS:
             raise ConfigError(f"norm is '{norm}'; expected one of {list(NORMS)}. Change it")

@@ -73,7 +73,9 @@ def test_names_decide_the_order_and_not_positions(kind):
 @IN_ORDER
 @pytest.mark.parametrize("order", [["click"], ["click", "buy", "buy"], ["click", "buy", "sell"], "click"])
 def test_an_order_of_other_tasks_is_an_error(kind, order):
-    with pytest.raises(ConfigError, match=r"order is .*; expected each of \['click', 'buy', 'return'\] once"):
+    with pytest.raises(
+        ConfigError, match=r"order is .*; expected all of the tasks \['click', 'buy', 'return'\], each once"
+    ):
         kind(WIDTH, TASKS, order=order, rngs=nnx.Rngs(0))
 
 

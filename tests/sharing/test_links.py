@@ -347,7 +347,7 @@ def test_a_conversion_without_a_click_is_an_error():
     ("link", "said"),
     [
         (functools.partial(ESMM, order=("ctr",)), r"link.order is \('ctr',\).*expected 2 or more"),
-        (functools.partial(ESMM, order=("ctr", "cvr")), r"link.order is .*the tasks are \['ctr', 'cvr_click'"),
+        (functools.partial(ESMM, order=("ctr", "cvr")), r"link.order is .*of the tasks \['ctr', 'cvr_click'"),
         (functools.partial(ESMM, order=("ctr", "ctcvr"), given={"ctr": "cvr_click"}), "link.given has"),
         (functools.partial(ESMM, order=("ctr", "spend")), "ties task 'spend', which is regression"),
         (functools.partial(ESMM, order=("ctcvr", "ctr"), given={"ctr": "cvr_click"}), "its label has the space 'ctr'"),

@@ -7,7 +7,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mtl_jax.arguments import shown
 from mtl_jax.errors import ConfigError
 
 Logits = dict[str, Float[Array, " batch"]]
@@ -141,14 +140,3 @@ class Link(nnx.Module):
                     f"{type(self).__name__} takes '{after}' as a step after '{before}'; expected none. Correct the labels "
                     "or the link's order"
                 )
-
-
-def check_order(order: Sequence[str], tasks: Sequence[str], *, least: int = 1) -> tuple[str, ...]:
-    """The steps as a tuple; a ConfigError where they are no tasks, repeated or too few."""
-    ok = isinstance(order, list | tuple) and len(set(map(str, order))) == len(order) >= least
-    if not ok or not set(order) <= set(tasks):
-        raise ConfigError(
-            f"link.order is {shown(order)} and the tasks are {list(tasks)}; expected {least} or more of them, each once, "
-            "in the order of the steps. Change it"
-        )
-    return tuple(order)

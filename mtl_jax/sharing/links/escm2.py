@@ -8,8 +8,9 @@ from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_number
 from mtl_jax.errors import ConfigError
-from mtl_jax.sharing.links.base import Link, Linked, check_order
+from mtl_jax.sharing.links.base import Link, Linked
 from mtl_jax.sharing.links.chain import chain
+from mtl_jax.sharing.order import check_order
 
 ESTIMATORS = ("ips", "dr")
 IMPUTATION = "imputation"
@@ -73,7 +74,8 @@ class ESCM2(Link):
         if estimator not in ESTIMATORS:
             raise ConfigError(f"link.estimator is '{estimator}'; expected one of {list(ESTIMATORS)}. Change it")
         check_number(floor, "link.floor", least=1e-12, most=1.0)
-        click, both, _ = (*check_order(order, self.tasks, least=2)[:2], check_order([given], self.tasks))
+        click, both, *_ = check_order(order, self.tasks, least=2, place="link.order")
+        check_order([given], self.tasks, least=1, place="link.given")
         self.estimator, self.floor = estimator, floor
         extra = {IMPUTATION: given} if estimator == "dr" else {}
         self.tie(

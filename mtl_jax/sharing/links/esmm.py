@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from mtl_jax.errors import ConfigError
-from mtl_jax.sharing.links.base import Link, Linked, check_order
+from mtl_jax.sharing.links.base import Link, Linked
 from mtl_jax.sharing.links.chain import chain
+from mtl_jax.sharing.order import check_order
 
 
 class ESMM(Link):
@@ -49,7 +50,7 @@ class ESMM(Link):
 
     def __init__(self, tasks: Sequence[str], *, order: Sequence[str], given: Mapping[str, str] | None = None):
         self.tasks = tuple(tasks)
-        order = check_order(order, self.tasks, least=2)
+        order = check_order(order, self.tasks, least=2, place="link.order")
         given = dict(given or {})
         check_given(given, order[1:], self.tasks)
         reads = {step: order[: last + 1] for last, step in enumerate(order)}

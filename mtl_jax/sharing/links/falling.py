@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.arguments import check_number
-from mtl_jax.sharing.links.base import Link, Linked, check_order
+from mtl_jax.sharing.links.base import Link, Linked
+from mtl_jax.sharing.order import check_order
 
 
 class FallingChances(Link):
@@ -35,7 +36,7 @@ class FallingChances(Link):
     def __init__(self, tasks: Sequence[str], *, order: Sequence[str] | None = None, weight: float = 0.6):
         self.tasks = tuple(tasks)
         check_number(weight, "link.weight", least=0.0)
-        order = check_order(self.tasks if order is None else order, self.tasks)
+        order = check_order(order, self.tasks, least=1, place="link.order")
         self.weight = weight
         self.tie(penalised=list(zip(order[:-1], order[1:], strict=True)) if weight > 0 else (), tied=order)
 

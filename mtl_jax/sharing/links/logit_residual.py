@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import jax
 
-from mtl_jax.sharing.links.base import Link, Linked, check_order
+from mtl_jax.sharing.links.base import Link, Linked
+from mtl_jax.sharing.order import check_order
 
 
 class LogitResidual(Link):
@@ -36,7 +37,7 @@ class LogitResidual(Link):
 
     def __init__(self, tasks: Sequence[str], *, order: Sequence[str] | None = None, detach_previous: bool = False):
         self.tasks = tuple(tasks)
-        order = check_order(self.tasks if order is None else order, self.tasks)
+        order = check_order(order, self.tasks, least=1, place="link.order")
         self.steps, self.detach_previous = order, detach_previous
         before = order[:-1]
         self.tie(

@@ -1,6 +1,6 @@
 """Options and markers of the whole suite."""
 
-import contextlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Fetches once, before tests are handed to several processes."""
+    """Fetches once, before tests are handed to several processes.
+
+    Programs run once or twice here: what counts is that they are quick to build, in processes that tests start, too.
+    """
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
     if config.getoption("--download-data") and not hasattr(config, "workerinput"):
         for name in sources.datasets():
             fetch.fetch(sources.source_of(name))
@@ -35,27 +40,6 @@ def pytest_collection_modifyitems(items):
 def _present(dataset: str) -> bool:
     cache = fetch.open_cache(sources.source_of(dataset))
     return not cache.missing(cache.choose(None))
-
-
-@contextlib.contextmanager
-def fewer_optimizations():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def quick_compilation():
-    """For programs that run once: executables that are slower to run and faster to build."""
-    with fewer_optimizations():
-        yield
-
-
-@pytest.fixture(scope="module")
-def quick_compilation_of_module():
-    """The same for all tests of a module, so that their programs agree to the last bit."""
-    with fewer_optimizations():
-        yield
 
 
 @pytest.fixture

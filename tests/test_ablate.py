@@ -26,8 +26,6 @@ from mtl_jax.report.record import validate
 from mtl_jax.run import run
 from mtl_jax.watch import ProgressFile
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
-
 ROOT = Path(__file__).parents[1]
 SMALL = (
     "data=synthetic", "data.num_rows=300", "data.dim=4", "towers.units=[3]", "trainer.batch_size=50", "trainer.epochs=2",

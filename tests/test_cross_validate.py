@@ -19,7 +19,6 @@ from mtl_jax.report.folder import LEDGER
 from mtl_jax.report.record import validate
 from mtl_jax.run import run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 SMALL = ["data=synthetic", "data.num_rows=300", "data.dim=3", "sharing=shared_bottom", "sharing.units=[4]",
          "towers.units=[3]", "trainer.batch_size=20", "trainer.epochs=2", "trainer.steps_per_call=4",
          "folds=2"]  # fmt: skip

@@ -1,5 +1,6 @@
-"""From a source to a target: strategies on parameters, each a pure function."""
+"""From a source to a target: what is handed on, and updates of parameters, each a pure function."""
 
 from mtl_jax.transfer.gradient import gradient_transfer, gradient_update
+from mtl_jax.transfer.loading import Artefact, Coverage, Loading, load
 
-__all__ = ["gradient_transfer", "gradient_update"]
+__all__ = ["Artefact", "Coverage", "Loading", "gradient_transfer", "gradient_update", "load"]

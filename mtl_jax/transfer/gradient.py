@@ -1,5 +1,6 @@
 """The gradient-based transfer update: parameters of the source, moved along a gradient, are those of the target."""
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, PyTree
 from mtl_jax.arguments import check_count, shown
 from mtl_jax.errors import ConfigError
 
+UNROLLED = 8
+"""Steps that are written out; a loop over more of them is one of blocks."""
 MODES = ("update", "constrained", "first_order", "joint", "implicit")
 Loss = Callable[..., Float[Array, ""]]
 
@@ -83,7 +86,8 @@ def gradient_update(
             first = None if batches is None else jax.tree.map(lambda leaf: leaf[0], batches)
             return rebuild(step(moved, fixed, rebuild, first), fixed)
         again = jax.checkpoint(lambda moved, batch: step(moved, fixed, rebuild, batch))
-        moved, _ = jax.lax.scan(lambda moved, batch: (again(moved, batch), None), moved, batches, length=num_steps)
+        scan = functools.partial(jax.lax.scan, length=num_steps, unroll=min(num_steps, UNROLLED) or 1)
+        moved, _ = scan(lambda moved, batch: (again(moved, batch), None), moved, batches)
         return rebuild(moved, fixed)
 
     return update

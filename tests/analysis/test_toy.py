@@ -99,7 +99,7 @@ def test_distances_to_the_set():
     np.testing.assert_allclose(distance_to_set(np.array([[10.0, front[-1, 1]]])), 3.0, atol=1e-5)
 
 
-def test_equal_is_adam_on_the_sum_of_the_losses(quick_compilation):
+def test_equal_is_adam_on_the_sum_of_the_losses():
     """Against a loop in NumPy, for both kappas and two starts."""
     starts, kappas, steps = [(-8.5, 7.5), (9.0, -1.0)], [1.0, 0.1], 60
     found = trajectories(methods.equal(), starts=starts, kappas=kappas, steps=steps, learning_rate=0.01, every=25)
@@ -116,13 +116,13 @@ def test_equal_is_adam_on_the_sum_of_the_losses(quick_compilation):
             np.testing.assert_allclose(found.losses[k, s], values_at(found.points[k, s], kappa), rtol=1e-12)
 
 
-def test_the_same_points_however_often_they_are_kept(quick_compilation):
+def test_the_same_points_however_often_they_are_kept():
     often, seldom = (trajectories(methods.equal(), steps=600, every=every) for every in (50, 400))
     assert seldom.steps.tolist() == [0, 400, 600]
     np.testing.assert_array_equal(seldom.points, often.points[:, :, [0, 8, 12]])
 
 
-def test_a_seed_is_a_draw(quick_compilation):
+def test_a_seed_is_a_draw():
     """PCGrad has one order with two tasks, so the draws that show are those of weights."""
     same, again, other = (trajectories(methods.random(), steps=200, seed=seed).points for seed in (0, 0, 1))
     np.testing.assert_array_equal(same, again)
@@ -130,7 +130,7 @@ def test_a_seed_is_a_draw(quick_compilation):
 
 
 @pytest.mark.parametrize("name", ["modo", "sdmgrad"])
-def test_methods_of_several_batches_get_the_same_one_for_each(name, quick_compilation):
+def test_methods_of_several_batches_get_the_same_one_for_each(name):
     found = trajectories(getattr(methods, name)(), starts=[(9.0, -1.0)], steps=500)
     assert (found.losses[:, 0, -1].sum(axis=-1) < found.losses[:, 0, 0].sum(axis=-1)).all()
 
@@ -166,7 +166,7 @@ def test_famo_reaches_the_middle_of_the_set_from_everywhere():
         assert outcome["distance"] <= REACHED and abs(outcome["end"][0]) < 2
 
 
-def test_famo_is_given_bounds_in_the_units_of_the_losses_and_keeps_its_own(quick_compilation):
+def test_famo_is_given_bounds_in_the_units_of_the_losses_and_keeps_its_own():
     bounded = trajectories(methods.famo(), kappas=[0.1], steps=300)
     own = trajectories(methods.famo(bound={"L1": -2.1, "L2": -21.0}), kappas=[0.1], steps=300)
     np.testing.assert_allclose(bounded.points, own.points, rtol=1e-12)
@@ -188,7 +188,7 @@ def test_logarithms_and_ratios_of_losses_end_in_a_step_that_is_not_finite(name):
     assert all(o["arrived"] is None and o["nonfinite"] is not None for o in found.outcomes())
 
 
-def test_nash_mtl_goes_the_same_way_in_any_unit_of_the_losses(quick_compilation):
+def test_nash_mtl_goes_the_same_way_in_any_unit_of_the_losses():
     found = trajectories(methods.nash_mtl(), steps=300)
     np.testing.assert_allclose(found.points[0, [0, 2, 3, 4]], found.points[1, [0, 2, 3, 4]], atol=1e-6)
 
@@ -230,6 +230,6 @@ def test_mistakes_are_named_before_anything_runs(balancer, options, words):
 
 
 @pytest.mark.parametrize("balancer", [methods.dwa(period=50), methods.m_config()], ids=["dwa", "m_config"])
-def test_methods_that_count_their_steps_go_through(balancer, quick_compilation):
+def test_methods_that_count_their_steps_go_through(balancer):
     found = trajectories(balancer, starts=[(9.0, -1.0)], kappas=[1.0], steps=200)
     assert found.stopped.tolist() == [[200]] and found.losses[0, 0, -1].sum() < found.losses[0, 0, 0].sum()

@@ -220,7 +220,7 @@ def test_scopes_of_methods_and_tasks_that_are_too_few():
     assert scopes("krum", 4) == ["representation", "encoder"]
 
 
-def test_a_measurement_trains_and_goes_on_from_the_one_before(quick_compilation):
+def test_a_measurement_trains_and_goes_on_from_the_one_before():
     steps = balancing_worker.Steps(TINY)
     made = 2 * (balancing_worker.WARM_UP + TINY.steps)
     for method, scope in (("pcgrad", "representation"), ("modo", "encoder")):  # the latter pads its batch
@@ -232,7 +232,7 @@ def test_a_measurement_trains_and_goes_on_from_the_one_before(quick_compilation)
         assert all(0 < distance < 2 * made * balancing_worker.LEARNING_RATE for distance in moved)
 
 
-def test_a_solver_is_timed_alone(quick_compilation, monkeypatch):
+def test_a_solver_is_timed_alone(monkeypatch):
     monkeypatch.setattr(balancing_worker, "SOLVER_SECONDS", 1e-4)
     assert 0 < balancing_worker.solve("pcgrad", 3) < 1.0
 

@@ -191,7 +191,7 @@ def test_tables_and_sentences(record, capsys):
     assert capsys.readouterr().out.rstrip().endswith("met, 1.10 x (4 experts).")
 
 
-def test_strategies_are_of_one_size_and_passes_are_timed(quick_compilation):
+def test_strategies_are_of_one_size_and_passes_are_timed():
     passes = sharing_worker.Passes(TINY)
     assert passes.unmatched == {}
     for name in TINY.strategies:
@@ -203,14 +203,14 @@ def test_strategies_are_of_one_size_and_passes_are_timed(quick_compilation):
     assert sharing_worker.widths_of("mmoe", passes.strategies["mmoe"]) == {"expert_units": (64, 32)}
 
 
-def test_a_size_that_a_strategy_cannot_have_is_named(quick_compilation):
+def test_a_size_that_a_strategy_cannot_have_is_named():
     case = sharing_worker.Case(("shared_bottom", "mmoe"), 4000, 16, 2)
     passes = sharing_worker.Passes(case)
     assert {*passes.strategies, *passes.unmatched} == set(case.strategies)
     assert "'MMoE' has" in passes.unmatched["mmoe"]
 
 
-def test_a_penalty_of_a_strategy_is_in_its_loss(quick_compilation):
+def test_a_penalty_of_a_strategy_is_in_its_loss():
     losses = {}
     for penalty in (0.0, 1e6):
         passes = sharing_worker.Passes(ONE)
@@ -220,7 +220,7 @@ def test_a_penalty_of_a_strategy_is_in_its_loss(quick_compilation):
 
 
 @pytest.mark.parametrize("name", NEEDING_MORE)
-def test_strategies_that_need_more_are_of_the_same_size_and_timed(name, quick_compilation):
+def test_strategies_that_need_more_are_of_the_same_size_and_timed(name):
     passes = sharing_worker.Passes(dataclasses.replace(ONE, strategies=(name,)))
     assert passes.unmatched == {}
     answer = passes.measure(part="equal", name=name)
@@ -237,14 +237,14 @@ def test_widths_of_what_is_inside_are_named():
 
 
 @pytest.mark.parametrize(("growth", "moves"), [(0.0, False), (10.0, True)])
-def test_what_a_pass_assigns_goes_into_the_next(growth, moves, quick_compilation):
+def test_what_a_pass_assigns_goes_into_the_next(growth, moves):
     options = {"units": (4,), "num_domains": 3, "growth": growth}
     passes, _ = sharing_worker.Passes(ONE).passes_of(sharing_worker.constructor("AdaSparse", options))
     first, second = passes(), passes()
     assert (first != second) == moves
 
 
-def test_chances_that_rise_are_in_the_loss_of_aitm(quick_compilation):
+def test_chances_that_rise_are_in_the_loss_of_aitm():
     losses = {}
     for factor in (0.0, 1e6):
         strategy = sharing_worker.constructor("AITM", {"units": (4,), "calibration": factor})
@@ -252,7 +252,7 @@ def test_chances_that_rise_are_in_the_loss_of_aitm(quick_compilation):
     assert losses[1e6] > 1e3 > losses[0.0]
 
 
-def test_esmm_is_trained_on_the_product_of_chances(quick_compilation):
+def test_esmm_is_trained_on_the_product_of_chances():
     from flax import nnx
 
     from mtl_jax.nn import Context
@@ -269,7 +269,7 @@ def test_esmm_is_trained_on_the_product_of_chances(quick_compilation):
 
 
 @pytest.mark.parametrize("number", [3, 4])
-def test_both_layouts_of_experts_compute_the_same(number, quick_compilation):
+def test_both_layouts_of_experts_compute_the_same(number):
     passes = sharing_worker.Passes(ONE)
     stacked, loop = (passes.experts(number, way)[0]() for way in sharing_worker.WAYS)
     assert stacked == pytest.approx(loop, rel=1e-5) and stacked > 0
@@ -295,7 +295,7 @@ def test_each_library_makes_the_models_that_it_has(peer):
 
 
 @pytest.mark.parametrize(("peer", "name"), PAIRS)
-def test_models_of_other_libraries_have_the_same_layers(peer, name, quick_compilation):
+def test_models_of_other_libraries_have_the_same_layers(peer, name):
     """Their products are those of ours, up to what the summary names."""
     torch = pytest.importorskip("torch", reason=f"torch {OF_THE_PEERS}")
     package = peer.replace("-", "_")

@@ -55,7 +55,6 @@ OF_A_FUNNEL = (
 )  # fmt: skip
 # Methods that are not defined for two tasks.
 MANY_TASKS = ("krum", "trimmed_mean")
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 
 
 def compose(*overrides, name="train"):

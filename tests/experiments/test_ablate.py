@@ -15,8 +15,6 @@ from experiments import ablate
 from experiments.cli import command_line
 from mtl_jax.report.record import validate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
-
 ROOT = Path(__file__).parents[2]
 DATA = ["data=synthetic", "data.num_rows=300", "data.dim=4"]
 SMALL = [*DATA, "towers.units=[3]", "trainer.batch_size=50", "trainer.epochs=1", "seeds=1", "vectorize.axis=map"]

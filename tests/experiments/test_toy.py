@@ -58,7 +58,7 @@ def test_a_comma_list_makes_one_figure(tmp_path):
     assert str(folder.relative_to(tmp_path)) in done.stdout
 
 
-def test_one_method_in_a_folder_of_ones_own(call, tmp_path, quick_compilation):
+def test_one_method_in_a_folder_of_ones_own(call, tmp_path):
     status, out, _ = call("balancing=equal", "balancing.reduction=mean", "hydra.run.dir=here", "kappas=[1]", *SHORT)
     assert status == 0 and "equal" in out
     content = json.loads((tmp_path / "here" / "toy.json").read_text())

@@ -11,8 +11,6 @@ from mtl_jax.errors import RunFolderFull
 from mtl_jax.job import Shared
 from mtl_jax.report.folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
-
 MB = 2**20
 SMALL = (
     "data=synthetic", "data.num_rows=300", "data.dim=4", "sharing=shared_bottom", "sharing.units=[4]", "towers.units=[3]",

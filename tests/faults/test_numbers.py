@@ -15,8 +15,6 @@ from mtl_jax.sharing import SharedBottom
 from mtl_jax.train import fit
 from mtl_jax.train.state import Functional
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
-
 UNKNOWN = 1  # id of every value that the training part lacks
 
 

@@ -58,7 +58,6 @@ def test_impossible_numbers_are_refused():
             CrossEncoder(4, 2, **options, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("encoder", "private"), [(FMEncoder, False), (CrossEncoder, False), (CrossEncoder, True)])
 def test_an_encoder_is_shared_exactly_if_the_tables_are(encoder, private):
     """With private tables each task's outputs depend on its own encoder alone."""

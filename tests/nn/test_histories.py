@@ -163,7 +163,6 @@ def shop(target=True):
 SHARED, PRIVATE = functools.partial(MMoE, num_experts=2, expert_units=(16,)), functools.partial(SingleTask, units=(16,))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("name", "sharing"), [("target_attention", SHARED), ("gru", PRIVATE), ("transformer", SHARED)])
 def test_a_model_learns_from_the_history(name, sharing):
     data = shop()

@@ -21,8 +21,6 @@ from mtl_jax.balancing.solvers import SolverState
 
 NUM_CASES = 200
 
-# A program runs once here: quick to build is quick.
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 PRECISIONS = [
     pytest.param(np.float32, 1e-3, id="f32"),
     pytest.param(np.float64, 1e-8, id="f64", marks=pytest.mark.slow),

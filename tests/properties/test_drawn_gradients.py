@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from methods import METHODS, NUM_PARAMS, NUM_STEPS, NUM_TASKS, train
 
 COUNTS = {"few": 40, "many": 500}
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 
 
 @dataclasses.dataclass(frozen=True)

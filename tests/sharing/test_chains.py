@@ -22,7 +22,6 @@ from mtl_jax.train.state import Functional
 
 cases, references = chains.cases, chains.cases.references
 CASES, TASKS, WIDTH = chains.CASES, cases.TASKS, cases.WIDTH
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 IN_ORDER = pytest.mark.parametrize("kind", [AITM, ResFlow])
 ONE_EACH = {"watching": ["click"], "owning": ["buy"], "regret": ["return"]}
 

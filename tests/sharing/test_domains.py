@@ -20,7 +20,6 @@ from mtl_jax.train.state import Functional
 
 cases, CASES, TASKS = domains.cases, domains.CASES, domains.cases.TASKS
 X, CONTEXT = cases.rows(), cases.context()
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 

@@ -33,7 +33,6 @@ from mtl_jax.train.optimizer import Optimizer
 from mtl_jax.train.state import Functional
 from mtl_jax.train.step import Step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 TASKS = ("ctr", "cvr_click", "ctcvr")
 LINKS = {
     "none": Link,

@@ -21,7 +21,6 @@ from mtl_jax.sharing.sar_net import SARNet
 from mtl_jax.sharing.star import STAR
 
 references = cases.references
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 TASKS, WIDTH = ("click", "buy"), 6
 ALL = ["star", "sar_net", "hamur", "adapt_dhm", "adasparse"]
 X = np.random.default_rng(1).standard_normal((12, WIDTH)).astype(np.float32)

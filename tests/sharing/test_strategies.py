@@ -22,7 +22,6 @@ from mtl_jax.train.state import Functional
 
 TASKS = cases.TASKS
 CASES = cases.CASES | cases_chains.CASES | cases_domains.CASES | cases_stateful_domains.CASES
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 EVERY = pytest.mark.parametrize("name", CASES)
 ONE_OF_EACH = [name for name in CASES if "," not in name or name == "ple, three levels"]
 # Other options of the same classes: their equations are checked in every run, the rest in the slow one.

@@ -24,8 +24,6 @@ from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.predict import _pass_over
 from mtl_jax.train.state import Functional
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
-
 
 @pytest.fixture(scope="module")
 def data(small_schema, make_data):
@@ -34,7 +32,7 @@ def data(small_schema, make_data):
 
 
 @pytest.fixture(scope="module")
-def train(data, make_model, quick_compilation_of_module):
+def train(data, make_model):
     """A run with dropout, a stochastic balancer and a table by rows, unless told otherwise."""
 
     def run(data=data, *, dropout=0.2, sharing="shared_bottom", model_seed=0, **options):

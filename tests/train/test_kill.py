@@ -118,7 +118,6 @@ def assert_goes_on(checkpoints, epochs, capfd):
     return kept
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_killed_after_a_step_and_during_a_write(tmp_path, capfd):
     """Once from outside, once right before the eighth change that writing a checkpoint makes to its folder."""
     checkpoints = tmp_path / "checkpoints"
@@ -130,7 +129,6 @@ def test_killed_after_a_step_and_during_a_write(tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_ten_kills_at_random_moments(tmp_path, capfd):
     """Every other one during a write. Each life gets further than the one before or starts where it did."""
     checkpoints, rng = tmp_path / "checkpoints", np.random.default_rng(7)

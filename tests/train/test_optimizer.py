@@ -133,7 +133,6 @@ def test_clip_bounds_the_global_norm():
     assert float(norm) == 0 and all(not np.any(leaf) for leaf in nothing.values())
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_clipping_counts_touched_rows(three_task_schema, make_model, make_rows):
     """The norm of one step over all arrays is the bound, whether tables are updated whole or by rows."""
     batch = as_batch(make_rows(three_task_schema, 30))

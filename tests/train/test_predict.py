@@ -1,14 +1,11 @@
 """Predictions in blocks are the model's outputs, row by row."""
 
 import numpy as np
-import pytest
 
 from mtl_jax.data.batching import as_batch
 from mtl_jax.train import predict as module
 from mtl_jax.train.predict import flops_per_example, predict
 from mtl_jax.train.state import Functional
-
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 
 
 def test_blocks_do_not_show(three_task_schema, make_model, make_rows, monkeypatch):

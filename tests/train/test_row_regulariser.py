@@ -15,7 +15,6 @@ from mtl_jax.train import Optimizer, Step
 from mtl_jax.train.state import Functional
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("balancer", "micro_batches"), [(equal(), 2), (pcgrad(), 1)], ids=["equal, parts", "pcgrad"])
 def test_it_is_added_after_balancing(small_schema, make_model, make_rows, balancer, micro_batches):
     descent = Optimizer(optax.identity(), learning_rate=1.0)

@@ -16,7 +16,6 @@ from mtl_jax.sharing import ResFlow
 from mtl_jax.train import BalancingOptions, Member, Objective, Step, fit, fit_many
 from mtl_jax.train.state import Functional
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
 SHARING = functools.partial(ResFlow, units=(4, 3), logits=False, dropout=0.0)
 ROWS = 24
 

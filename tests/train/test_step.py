@@ -46,7 +46,6 @@ def assert_same(one, other, **tolerance):
     jax.tree.map(lambda a, b: compare(a, b, **tolerance), everything(one), everything(other))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_padding_changes_nothing(rich_schema, make_step, make_rows):
     """Rows of weight 0 with NaN labels and other ids: the same step, also for the moments of the rows they name."""
     rows = as_batch(make_rows(rich_schema, 40))
@@ -66,7 +65,6 @@ def test_padding_changes_nothing(rich_schema, make_step, make_rows):
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
-@pytest.mark.usefixtures("quick_compilation")
 def test_nonfinite_steps(small_schema, make_step, make_rows, nonfinite):
     """The step of a NaN feature leaves every array alone; ``raise`` stops for good, ``skip`` counts it and goes on."""
     rows = as_batch(make_rows(small_schema, 24, observed=1.5))
@@ -89,7 +87,6 @@ def test_nonfinite_steps(small_schema, make_step, make_rows, nonfinite):
         assert changed >= {path for path in after.params if "kernel" in path}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_one_tasks_overflow_is_told_from_the_others(small_schema, make_step, make_rows):
     """A label beyond float32 makes one loss infinite; only that task is named."""
     rows = as_batch(make_rows(small_schema, 8, observed=1.5))
@@ -100,7 +97,6 @@ def test_one_tasks_overflow_is_told_from_the_others(small_schema, make_step, mak
     assert_same(new, state._replace(live=jnp.array(False)))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_gradient_can_break_without_a_loss(small_schema, make_step, make_rows):
     """A NaN feature in a row that no task observes reaches the gradient only: no update, and no task is blamed."""
     rows = as_batch(make_rows(small_schema, 8, observed=1.5))
@@ -112,7 +108,6 @@ def test_a_gradient_can_break_without_a_loss(small_schema, make_step, make_rows)
     assert_same(new, state._replace(live=jnp.array(False)))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_weighted_sums(small_schema, make_step, make_rows):
     """Numerators over denominators of three steps give the mean loss over all their rows."""
     rows = as_batch(make_rows(small_schema, 24))
@@ -131,7 +126,6 @@ def test_weighted_sums(small_schema, make_step, make_rows):
     np.testing.assert_array_equal(whole.weight, [0.5, 0.5])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_runs_side_by_side(small_schema, make_step, make_rows):
     """vmap over stacked states equals each run by itself, dropout and balancer draws included."""
     rows = as_batch(make_rows(small_schema, 16))
@@ -253,7 +247,6 @@ def test_unknown_compilation_is_refused():
         ),
     ],
 )
-@pytest.mark.usefixtures("quick_compilation")
 def test_micro_batches_are_the_same_step(rich_schema, make_step, make_rows, balancer, options):
     """A batch in one, two and four parts, whose labels differ in number, after three steps."""
     rows = as_batch(make_rows(rich_schema, 24))
@@ -273,7 +266,6 @@ def test_micro_batches_are_the_same_step(rich_schema, make_step, make_rows, bala
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), sums, finals[0][1])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_mean_of_the_parts_means_is_another_step(small_schema, make_step, make_rows):
     """What summing before dividing avoids: averaged gradients of unevenly labelled halves move elsewhere."""
     rows = as_batch(make_rows(small_schema, 8, observed=1.5))
@@ -289,7 +281,6 @@ def test_the_mean_of_the_parts_means_is_another_step(small_schema, make_step, ma
     np.testing.assert_allclose(jax.jit(parts)(state, rows)[0].params[path], whole[path], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_dropout_differs_between_micro_batches(small_schema, make_step, make_rows):
     """Two equal halves draw different masks: their common step is not the step of one of them."""
     rows = as_batch(make_rows(small_schema, 8, observed=1.5))
@@ -302,7 +293,6 @@ def test_dropout_differs_between_micro_batches(small_schema, make_step, make_row
     assert np.all(losses[1] != losses[2])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_half_precision_is_in_the_network_only(rich_schema, make_step, make_rows):
     """bfloat16 matrix products over float32 parameters, tables, moments and losses; the step is near that of float32."""
     rows = as_batch(make_rows(rich_schema, 24))
@@ -327,7 +317,6 @@ def test_half_precision_is_in_the_network_only(rich_schema, make_step, make_rows
         np.testing.assert_allclose(array, finals["bfloat16"][0].params[path], atol=2e-2, err_msg=path)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_parameters_of_losses_keep_their_digits(small_schema, make_step, make_rows):
     """Two dispersions that are one number in bfloat16 give two losses."""
     schema = dataclasses.replace(small_schema, tasks=(Task("visits", "count", loss="negative_binomial"),))
@@ -341,7 +330,6 @@ def test_parameters_of_losses_keep_their_digits(small_schema, make_step, make_ro
     assert jnp.bfloat16(0.501) == jnp.bfloat16(0.5) and losses[0] != losses[1]
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_average_of_a_run(small_schema, make_step, make_rows):
     """Evaluated arrays are the weighted mean of all states, dense and by rows; training itself is as without it."""
     rows = as_batch(make_rows(small_schema, 24))
@@ -364,7 +352,6 @@ def assert_averages(evaluated, history, decay):
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-@pytest.mark.usefixtures("quick_compilation")
 def test_average_over_a_skipped_step(small_schema, make_step, make_rows, sparse):
     """What a step left as it was counts once more, in tables by rows, in whole tables and elsewhere alike."""
     rows = as_batch(make_rows(small_schema, 24))
@@ -378,7 +365,6 @@ def test_average_over_a_skipped_step(small_schema, make_step, make_rows, sparse)
     assert_averages(step.evaluated(state), history, 0.8)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_frozen_parameters_are_not_differentiated(rich_schema, make_step, make_rows):
     """Only towers are trained: the program has no scatter into a table, and everything else stays bit for bit."""
     rows = as_batch(make_rows(rich_schema, 16))
@@ -406,7 +392,6 @@ def test_wrong_options_are_refused(small_schema, make_step, options, message):
 
 
 @pytest.mark.parametrize("scope", ["representation", "encoder", "all"])
-@pytest.mark.usefixtures("quick_compilation")
 def test_weights_between_comparisons(small_schema, make_step, make_rows, scope):
     """With parameters that stay, steps 0 and 2 find the weights of their batch, and 1 and 3 have those of before."""
     rows, seen = as_batch(make_rows(small_schema, 32, observed=1.5)), {}
@@ -436,7 +421,6 @@ def test_weights_from_losses_are_not_kept(small_schema, make_step):
 
 
 @pytest.mark.parametrize("scope", ["representation", "encoder", "all"])
-@pytest.mark.usefixtures("quick_compilation")
 def test_gradients_compared_on_some_rows(small_schema, make_step, make_rows, scope):
     """Weights are those of a step on every third row; the gradient is that of fixed weights on all rows."""
     rows = as_batch(make_rows(small_schema, 24, observed=1.5))

@@ -25,8 +25,6 @@ from mtl_jax.train.setup import Setup
 from mtl_jax.train.state import Functional
 from mtl_jax.train.vectorize import Plan, plan_axis, train_members
 
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_module")
-
 ADAM = optax.scale_by_adam()  # one object: what a program is compiled for
 OPTIONS = {"epochs": 4, "batch_size": 8, "patience": 1, "steps_per_call": 2, "table_updates": {"user": "sparse"}}
 EVERYTHING = {"training": "staged", "average": 0.6, "micro_batches": 2}

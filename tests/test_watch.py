@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import hydra
-import jax
 import polars as pl
 import pytest
 
@@ -38,13 +37,11 @@ def home(tmp_path):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folders of a run that is watched in every way, and of one that is not."""
-    jax.config.update("jax_disable_most_optimizations", True)
     root = tmp_path_factory.mktemp("runs")
     for name, chosen in (("watched", ["trainer.tensorboard=true", "trainer.profile=true"]), ("plain", [])):
         with hydra.initialize_config_module("conf", version_base="1.3"):
             config = plain(hydra.compose("train", overrides=[*SMALL, *chosen]))
         run(config, folder=root / name)
-    jax.config.update("jax_disable_most_optimizations", False)
     return root / "watched", root / "plain"
 
 

@@ -279,7 +279,8 @@ def _one_backward_pass(model: CutModel, balancer, state, key, options) -> Balanc
 
 
 def _one_pass_a_head(model: CutModel, balancer, state, key, options) -> Balanced:
-    """Per-task gradients at the cut, weights from them or from their pull-backs, then one weighted pull.
+    """Per-task gradients at the cut, weights from them or from their pull-backs; then the weighted sum of what is known of
+    the parameters, and one weighted pull for the rest.
 
     Over micro-batches the cut is another one each time, so what is summed is the Jacobian of the parameters.
     """

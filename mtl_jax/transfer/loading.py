@@ -97,9 +97,7 @@ class Artefact:
             raise MissingFile(f"'{folder}' has no {MANIFEST}; expected the folder of an artefact. Save one there first")
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            with np.load(folder / ARRAYS, allow_pickle=False) as stored:
-                arrays = {path: stored[path] for path in stored.files}
-            found = cls(arrays, Schema.from_dict(manifest["schema"]), manifest["facts"])
+            found = cls(_read_arrays(folder / ARRAYS), Schema.from_dict(manifest["schema"]), manifest["facts"])
             whole = found._digests() == manifest["arrays"]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise RunFolderError(f"the artefact in '{folder}' cannot be read ({error}). Save it again") from error
@@ -118,6 +116,16 @@ class Artefact:
             }
             for path, array in sorted(self.arrays.items())
         }
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The members of an ``.npz`` file; none may be a pickle."""
+    arrays = {}
+    with zipfile.ZipFile(path) as stored:
+        for member in stored.namelist():
+            with stored.open(member) as file:
+                arrays[member.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
 
 
 class Coverage(NamedTuple):

@@ -219,7 +219,12 @@ def test_a_penalty_of_a_strategy_is_in_its_loss():
     assert losses[1e6] > 1e3 > losses[0.0]
 
 
-@pytest.mark.parametrize("name", NEEDING_MORE)
+FAST = ("aitm", "stem", "pepnet")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NEEDING_MORE]
+)
 def test_strategies_that_need_more_are_of_the_same_size_and_timed(name):
     passes = sharing_worker.Passes(dataclasses.replace(ONE, strategies=(name,)))
     assert passes.unmatched == {}

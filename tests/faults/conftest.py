@@ -5,7 +5,6 @@ import shutil
 import subprocess
 
 import hydra
-import jax
 import pytest
 from rich.console import Console
 
@@ -22,15 +21,13 @@ OVERRIDES = (
 @pytest.fixture(scope="module")
 def small_run():
     """(folder, *overrides, should_stop) -> record. Three epochs of three steps; the same bits for all of a module."""
-    jax.config.update("jax_disable_most_optimizations", True)
 
     def call(folder, *overrides, should_stop=lambda: False):
         with hydra.initialize_config_module("conf", version_base="1.3"):
             config = hydra.compose("train", overrides=[*OVERRIDES, f"output_dir={folder.parent}", *overrides])
         return run(config, folder=folder, console=Console(file=io.StringIO()), should_stop=should_stop)
 
-    yield call
-    jax.config.update("jax_disable_most_optimizations", False)
+    return call
 
 
 @pytest.fixture(scope="module")

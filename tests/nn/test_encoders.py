@@ -58,7 +58,14 @@ def test_impossible_numbers_are_refused():
             CrossEncoder(4, 2, **options, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(("encoder", "private"), [(FMEncoder, False), (CrossEncoder, False), (CrossEncoder, True)])
+@pytest.mark.parametrize(
+    ("encoder", "private"),
+    [
+        pytest.param(FMEncoder, False, marks=pytest.mark.slow),
+        (CrossEncoder, False),
+        pytest.param(CrossEncoder, True, marks=pytest.mark.slow),
+    ],
+)
 def test_an_encoder_is_shared_exactly_if_the_tables_are(encoder, private):
     """With private tables each task's outputs depend on its own encoder alone."""
     data = mtl_jax.data.load("synthetic", recipe="kinds", num_rows=120, dim=3)

@@ -66,19 +66,19 @@ def cases(wanted):
         scope = BalancingOptions(scope=node.pop("scope", "encoder"))
         yield name, {"balancer": build(node | OPTIONS.get(name, {})), "options": scope}
     units = BalancingOptions(scope="representation")
-    yield "masks of units", {"balancer": graddrop(leak=0.5), "options": units}
     yield "scope all", {"balancer": pcgrad(), "options": BalancingOptions(scope="all"), "average": 0.5}
     weighted = BalancingOptions(scope="representation", head_gradient="weighted")
     yield "weighted heads", {"balancer": pcgrad(), "options": weighted}
-    plain = BalancingOptions(head_gradient="plain")
-    yield "private tables", {"balancer": equal(), "options": plain, "sharing": SingleTask}
-    yield "dense tables", {"balancer": equal(), "table_updates": None}
     yield "micro-batches", {"balancer": pcgrad(), "micro_batches": 2, "options": BalancingOptions(scope="shared")}
     yield "gates drawn for all rows", {"balancer": pcgrad(), "sharing": SNRTrans, "micro_batches": 2}
-    yield "a penalty on rows", {"balancer": pcgrad(), "sharing": DSelectK}
-    yield "parameters in the cut", {"balancer": pcgrad(), "sharing": MTAN, "options": units}
     yield "moments of the batch", {"balancer": pcgrad(), "sharing": ResFlow, "options": units}
     if wanted is not SOME:
+        yield "masks of units", {"balancer": graddrop(leak=0.5), "options": units}
+        plain = BalancingOptions(head_gradient="plain")
+        yield "private tables", {"balancer": equal(), "options": plain, "sharing": SingleTask}
+        yield "dense tables", {"balancer": equal(), "table_updates": None}
+        yield "a penalty on rows", {"balancer": pcgrad(), "sharing": DSelectK}
+        yield "parameters in the cut", {"balancer": pcgrad(), "sharing": MTAN, "options": units}
         yield "moments below the scope", {"balancer": pcgrad(), "sharing": ResFlow}
         yield "centres of the batch", {"balancer": equal(), "sharing": AdaptDHM}
 

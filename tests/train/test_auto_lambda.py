@@ -11,7 +11,6 @@ from mtl_jax.tasks import Task
 from mtl_jax.train import BalancingOptions, auto_lambda
 from mtl_jax.train.gradients import check_scope
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FIRST_MOMENT = 0.1  # what Adam takes of the first gradient
 
 

@@ -12,7 +12,6 @@ from mtl_jax.tasks import Task
 from mtl_jax.train import BalancingOptions, forum
 from mtl_jax.train.forum import constrained_mixture
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FIRST_MOMENT = 0.1  # what Adam takes of the first gradient
 
 

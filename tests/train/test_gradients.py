@@ -33,7 +33,6 @@ from mtl_jax.train.gradients import SCOPES, check_scope, scope_template
 from mtl_jax.train.objective import TaskLoss
 from mtl_jax.train.state import Functional
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(7)
 
 

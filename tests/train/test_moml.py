@@ -3,13 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import scipy.optimize
 
 from mtl_jax.train import moml
 from mtl_jax.train.moml import slopes_of_logits
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FIRST_MOMENT = 0.1  # what Adam takes of the first gradient
 
 

@@ -11,8 +11,6 @@ from mtl_jax.data.batching import as_batch
 from mtl_jax.errors import ConfigError
 from mtl_jax.train import BalancingOptions, Step, ntkmtl_sr
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def step_of(three_task_schema, make_model, as_float64):

@@ -9,8 +9,6 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.train import BalancingOptions, samo
 from mtl_jax.train.gradients import check_scope
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def slopes(plane):
     """Gradients of all tasks in x and in their own vectors, at the start."""

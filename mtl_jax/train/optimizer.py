@@ -46,7 +46,7 @@ class Optimizer:
     transform: optax.GradientTransformation = ADAM
     learning_rate: float | optax.Schedule | Mapping[str, float | optax.Schedule] = 1e-3
     weight_decay: float | Mapping[str, float] = 0.0
-    rate_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rate_scale: Mapping[str, float] | None = None
     clip_norm: float | None = None
 
     def __post_init__(self):
@@ -78,7 +78,7 @@ class Optimizer:
                 f"optimizer.weight_decay is {self.weight_decay}; expected rates >= 0 for labels of {list(LABEL_KINDS)}. "
                 "Change them"
             )
-        scale = self.rate_scale
+        scale = {} if self.rate_scale is None else self.rate_scale
         if not isinstance(scale, Mapping) or not all(map(_positive, scale.values())):
             raise ConfigError(
                 f"optimizer.rate_scale is {scale!r}; expected a number > 0 by a name in the paths of parameters, like "
@@ -87,6 +87,7 @@ class Optimizer:
         if self.clip_norm is not None and not _positive(self.clip_norm):
             raise ConfigError(f"optimizer.clip_norm is {self.clip_norm!r}; expected a number > 0 or null. Change it")
         object.__setattr__(self, "weight_decay", decay)
+        object.__setattr__(self, "rate_scale", dict(scale))
 
     def dense(self) -> optax.GradientTransformation:
         """The transform of a dict path -> array; the path gives the label, the label decay and learning rate."""

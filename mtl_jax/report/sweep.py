@@ -40,7 +40,7 @@ def axis_of(comparisons: Iterable[Comparison]) -> Axis | None:
             numbers = {
                 key: float(value)
                 for key, value in row.values.items()
-                if key.startswith("data.") and isinstance(value, int | float)
+                if key.startswith("data.") and isinstance(value, int | float) and not isinstance(value, bool)
             }
             for key, value in numbers.items():
                 values.setdefault(key, set()).add(value)

@@ -45,6 +45,17 @@ def test_it_is_written_and_shown_on_the_page(ablation, tmp_path):
     assert "Metrics of all arms over data.target_fraction" in page
 
 
+def test_what_has_not_finished_is_left_out_and_switches_are_no_numbers(write_ablation):
+    arms = {arm: [members(values[0]), [None] * 3, [None] * 3] for arm, values in CLICKS.items()}
+    comparisons = compare(read_ablation(write_ablation(arms, points=dict.fromkeys(arms, POINTS))))
+    axis = axis_of(comparisons)
+    assert set(axis.points["value"]) == {0.01} and draw(axis, marks(comparisons)).startswith(b"\x89PNG")
+    switches = [{"data.cold": False}, {"data.cold": True}]
+    arms = {arm: [members(values[0]), members(values[1])] for arm, values in CLICKS.items()}
+    folder = write_ablation(arms, points=dict.fromkeys(arms, switches), name="switches")
+    assert axis_of(compare(read_ablation(folder))) is None
+
+
 def test_nothing_is_drawn_where_no_number_varies(grid_folder, tmp_path):
     ablation = read_ablation(grid_folder)
     assert axis_of(compare(ablation)) is None

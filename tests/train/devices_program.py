@@ -161,6 +161,7 @@ def main(path, which):
             for key, array in train(place, **options).items():
                 if array is not None:
                     arrays["|".join((name, *map(str, place), key))] = np.asarray(array)
+        jax.clear_caches()  # some hundred programs at once map more memory areas than Linux allows a process
     np.savez(path, **arrays)
     np.savez(path.replace("outcomes", "moved"), **dict(moved(path.replace(".npz", ""))))
 

@@ -16,6 +16,11 @@ from mtl_jax.run import run, summarise
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="train")
 @in_plain_words
 def main(config: DictConfig, should_stop: StopRequest) -> None:
+    one_run(config, should_stop)
+
+
+def one_run(config: DictConfig, should_stop: StopRequest) -> None:
+    """The run of a composed configuration."""
     job = HydraConfig.get()
     own_folder = any(override.startswith("hydra.run.dir=") for override in job.overrides.hydra)
     shared = {

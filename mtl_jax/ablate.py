@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mtl_jax.errors import Interrupted, MtlJaxError, NoSpace, TrainingError
+from mtl_jax.handover import hand_over
 from mtl_jax.job import Job, Shared, name_of
 from mtl_jax.plan import runs_of
 from mtl_jax.report.folder import RunFolder
 from mtl_jax.report.warned import warnings_kept
 from mtl_jax.run_config import OPTION_KEYS, WATCH_KEYS, build_model, build_parts
+from mtl_jax.source import adaptation_of
 from mtl_jax.stacks import Stacks
 from mtl_jax.train import Result
+from mtl_jax.train.adaptation import structure
 from mtl_jax.train.progress import Observer, Observers
 from mtl_jax.train.setup import Member, Setup
 from mtl_jax.train.vectorize import Plan, plan_axis, program_of, train_members
@@ -130,9 +133,10 @@ def _groups(
         for job in some:
             try:
                 parts = build_parts(job.config)
+                handover = job.handover = hand_over(job.config, shared, should_stop)
                 if setup is None:
-                    training = shared.training(job.dataset)
-                    setup = Setup.of(training, should_stop=should_stop, **_options(job.config, parts))
+                    options = _options(job.config, parts) | (handover.for_setup() if handover else {})
+                    setup = Setup.of(job.encoded.for_training(), should_stop=should_stop, **options)
                     if shared.programs is not None:
                         setup.programs = shared.programs.setdefault(_text(_of_setup(job.config)), {})
                 member = _member(job, parts, shared)
@@ -155,13 +159,16 @@ def _options(config: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, A
 
 def _member(job: Job, parts: Mapping[str, Any], shared: Shared) -> Member:
     """A member that leaves nothing in the run's folder, whose lock nobody holds yet."""
+    handover = job.handover
     return Member(
-        lambda: build_model(job.config, job.dataset),
+        (lambda: build_model(job.config, job.dataset)) if handover is None else (lambda: handover.model),
         seed=job.config["seed"],
         balancer=parts["balancer"],
         optimizer=shared.optimizer(job.config, parts["optimizer"]),
         order_seed=job.config["trainer"]["order_seed"],
         name=job.known["run_id"],
+        adaptation=handover and handover.adaptation,
+        origin=handover and handover.origin,
     )
 
 
@@ -259,7 +266,11 @@ def _of_setup(config: Mapping[str, Any]) -> list[Any]:
     """What runs have in common that share data on the device and options."""
     trainer = {key: value for key, value in config["trainer"].items() if key not in (*WATCH_KEYS, "order_seed")}
     options = {key: value for key, value in config["balancing"].items() if key in OPTION_KEYS}
-    return [trainer, options, *(config[key] for key in ("data", "objective", "parallel", "training"))]
+    common = [
+        config[key] for key in ("data", "objective", "parallel", "training", "source", "target", "select", "loading")
+    ]
+    apart = None if config["select"] == "given" else config["seed"]  # each seed may choose another source
+    return [trainer, options, common, apart, str(structure(adaptation_of(config)))]
 
 
 def _of_program(config: Mapping[str, Any]) -> dict[str, Any]:

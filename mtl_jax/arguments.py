@@ -72,14 +72,22 @@ def check_fields(record: Any, place: str, *, free: Sequence[str] = ()) -> None:
 
 
 def check_number(
-    value: Any, place: str, *, least: float = -math.inf, most: float = math.inf, below: float | None = None
+    value: Any,
+    place: str,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float | None = None,
+    below: float | None = None,
 ) -> None:
-    """Raises a ConfigError for anything but a finite number in [least, most], or in [least, below)."""
-    ok = _fits(value, float) and least <= value <= most and (below is None or value < below)
-    if not ok:
+    """Raises a ConfigError for anything but a finite number in [least, most]; ``above`` and ``below`` are open ends."""
+    ok = _fits(value, float) and least <= value <= most
+    if not ok or (above is not None and value <= above) or (below is not None and value >= below):
         end = f"{most:g}]" if below is None else f"{below:g})"
-        start = "(" if least == -math.inf else "["
-        raise ConfigError(f"{place} is {shown(value)}; expected a number in {start}{least:g}, {end}. Change it")
+        start = f"({max(least, -math.inf if above is None else above):g}"
+        if above is None and least > -math.inf:
+            start = f"[{least:g}"
+        raise ConfigError(f"{place} is {shown(value)}; expected a number in {start}, {end}. Change it")
 
 
 def check_count(value: Any, place: str, *, least: int = 1, most: int = MAX_WIDTH) -> None:

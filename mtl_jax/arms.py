@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 from mtl_jax.arguments import shown
 from mtl_jax.errors import ConfigError
 
-SINGLE_TASK = "single_task"
+SINGLE_TASK, SCRATCH = "single_task", "scratch"
+BASELINES = (SINGLE_TASK, SCRATCH)
 METHOD_GROUPS = ("sharing", "link", "balancing", "transfer", "alignment")
 METHOD = re.compile(rf"^[+~]*({'|'.join(METHOD_GROUPS)})([.@=]|$)")
+TRANSFER = re.compile(r"^[+~]*(transfer|alignment)([.@=]|$)")
 
 
 class Arm(NamedTuple):
@@ -39,8 +41,8 @@ def arms_of(
       fixed: Overrides of all arms. The baseline leaves out those of methods.
       named: ``{name, overrides}`` of arms that are no combination. With them and without a sweep of methods there are no
         combinations.
-      baseline: ``single_task``, which is added for every data set and takes the first value of what else is swept; None:
-        no baseline is added.
+      baseline: ``single_task``, which is added for every data set and takes the first value of what else is swept;
+        ``scratch``, the same method without transfer; None: no baseline is added.
 
     Raises:
       ConfigError: A named arm is not one, or two arms have one name.
@@ -50,8 +52,8 @@ def arms_of(
       >>> [arm.name for arm in arms_of({"sharing": ["mmoe", "ple"], "balancing": ["equal", "pcgrad"]})]
       ['single_task', 'mmoe+equal', 'mmoe+pcgrad', 'ple+equal', 'ple+pcgrad']
     """
-    if baseline not in (SINGLE_TASK, None):
-        raise ConfigError(f"baseline is {shown(baseline)}; expected '{SINGLE_TASK}', or none. Change it")
+    if baseline not in (*BASELINES, None):
+        raise ConfigError(f"baseline is {shown(baseline)}; expected one of {[*BASELINES, 'none']}. Change it")
     if isinstance(named, str | Mapping):
         raise ConfigError(f"arms is {shown(named)}; expected a list of entries with name and overrides. Correct it")
     methods = {key: values for key, values in sweeps.items() if METHOD.match(key)}
@@ -61,15 +63,19 @@ def arms_of(
         rest = {key: values for key, values in others.items() if key != "data"}
         if baseline:
             first = tuple(f"{key}={values[0]}" for key, values in rest.items())
-            own = tuple(override for override in fixed if not METHOD.match(override))
-            arms.append(
-                Arm(SINGLE_TASK, (*own, *_overrides(data), *first, f"sharing={SINGLE_TASK}", "balancing=equal"))
-            )
+            replaced, instead = METHOD, (f"sharing={SINGLE_TASK}", "balancing=equal")
+            if baseline == SCRATCH:
+                kept = tuple(f"{key}={values[0]}" for key, values in methods.items() if not TRANSFER.match(key))
+                replaced, instead = TRANSFER, (*kept, f"transfer={SCRATCH}")
+            own = tuple(override for override in fixed if not replaced.match(override))
+            arms.append(Arm(baseline, (*own, *_overrides(data), *first, *instead)))
         for point in _points(rest):
             labels = [_label(key, point[key]) for key in rest]
             for method in _points(methods) if methods or not named else ():
-                if baseline and method.get("sharing") == SINGLE_TASK:
+                if baseline == SINGLE_TASK and method.get("sharing") == SINGLE_TASK:
                     continue  # alone, tasks have nothing to balance: that is the baseline
+                if baseline == SCRATCH and method.get("transfer") == SCRATCH:
+                    continue
                 name = "+".join([*(_label(key, method[key]) for key in methods), *labels])
                 arms.append(Arm(name, (*fixed, *_overrides(data | point | method))))
             for entry in named or ():

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtl_jax.arguments import check_arguments, parameters_of, shown
 from mtl_jax.errors import ConfigError, MtlJaxError
 
-ROOMS = ("mtl_jax.balancing", "mtl_jax.data", "mtl_jax.nn", "mtl_jax.sharing", "mtl_jax.train")
+ROOMS = ("mtl_jax.balancing", "mtl_jax.data", "mtl_jax.nn", "mtl_jax.sharing", "mtl_jax.train", "mtl_jax.transfer")
 """Modules of ours whose public objects a configuration may name. What reads, writes or runs on its own is in none."""
 PACKAGES = ("optax",)
 """Packages whose public objects a configuration may name; ``allow=[mypaper]`` adds one of yours."""

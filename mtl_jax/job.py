@@ -6,7 +6,7 @@ import datetime
 import functools
 import json
 import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,21 @@ import jax
 import yaml
 
 from mtl_jax import metrics
-from mtl_jax.data.dataset import Dataset, Encoded, TrainingData
-from mtl_jax.errors import RunFolderError
+from mtl_jax.data.dataset import Dataset, Encoded
+from mtl_jax.data.domains import joined
+from mtl_jax.errors import Interrupted, MtlJaxError, RunFolderError
 from mtl_jax.report.compare import below_baseline
 from mtl_jax.report.folder import RunFolder, config_hash, run_id
 from mtl_jax.report.record import RecordError, new_record, source_state, validate, versions
-from mtl_jax.run_config import build_data, devices_of
-from mtl_jax.train import Optimizer, Result
+from mtl_jax.report.warned import warnings_kept
+from mtl_jax.run_config import WATCH_KEYS, build_data, build_model, devices_of
+from mtl_jax.source import Handover, target_of, whole_data
+from mtl_jax.train import Optimizer, Result, fit
 from mtl_jax.train.optimizer import as_optimizer
+from mtl_jax.watch import observe
 
 SELECTOR = "valid_best"
-METHOD = ("sharing", "link", "balancing")
+METHOD = ("sharing", "link", "balancing", "transfer")
 """Groups whose choice is the method of a run."""
 
 
@@ -34,29 +38,33 @@ class Shared:
     programs are found by. With ``programs`` set, compiled programs are kept for later arms as well."""
 
     datasets: dict[str, Dataset] = dataclasses.field(default_factory=dict)
-    trainings: dict[str, TrainingData] = dataclasses.field(default_factory=dict)
     fitted: dict[tuple[str, str], dict[str, Any]] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, Optimizer] = dataclasses.field(default_factory=dict)
     programs: dict[str, dict[Any, Any]] | None = None
 
     def dataset(self, config: Mapping[str, Any]) -> Dataset:
-        """The data set of a configuration."""
-        key = _text([config["data"], config["allow"]])
+        """The data set of a configuration: all of its data, or the domains that are its target."""
+        key = _text([config["data"], config["allow"], config["target"]])
         if key not in self.datasets:
-            self.datasets[key] = build_data(config)
+            if config["target"] is None:
+                self.datasets[key] = build_data(config)
+            else:
+                whole = self.dataset(dict(config) | {"data": whole_data(config["data"]), "target": None})
+                self.datasets[key] = target_of(whole, config)
         return self.datasets[key]
 
-    def training(self, dataset: Dataset) -> TrainingData:
-        """Its parts for training."""
-        if dataset.identity not in self.trainings:
-            self.trainings[dataset.identity] = dataset.for_training()
-        return self.trainings[dataset.identity]
+    def continuation(self, target: Dataset, source: Dataset) -> Dataset:
+        """The target's data, encoded as a continuation of the source's (see :func:`mtl_jax.data.domains.joined`)."""
+        key = _text([target.identity, source.identity])
+        if key not in self.datasets:
+            self.datasets[key] = dataclasses.replace(target, schema=joined(target.schema, source.schema))
+        return self.datasets[key]
 
-    def baselines(self, dataset: Dataset, part: str, rows: Encoded) -> dict[str, Any]:
-        """Metrics of the trivial predictors on a part."""
+    def baselines(self, dataset: Dataset, part: str, rows_of: Callable[[Dataset], Encoded]) -> dict[str, Any]:
+        """Metrics of the trivial predictors on a part, which ``rows_of`` gives."""
         key = (dataset.identity, part)
         if key not in self.fitted:
-            self.fitted[key] = metrics.baselines.evaluate_baselines(self.training(dataset), rows)
+            self.fitted[key] = metrics.baselines.evaluate_baselines(dataset.for_training(), rows_of(dataset))
         return self.fitted[key]
 
     def optimizer(self, config: Mapping[str, Any], built: Any) -> Optimizer:
@@ -80,7 +88,13 @@ class Job:
       names: Names of the chosen nodes (``sharing``, ``balancing``), for the record; the targets' names by default.
       sealed: Why the test part must stay closed.
       tuning_trials: Trials that chose the values of the configuration.
+
+    Attributes:
+      handover: What the run begins with where it has a target (see :func:`mtl_jax.handover.hand_over`); set before
+        training.
     """
+
+    handover: Handover | None = None
 
     def __init__(
         self,
@@ -120,6 +134,48 @@ class Job:
         self.home.write_json("schema.json", self.dataset.schema.to_dict())
         self.home.log(f"start {self.known['run_id']}")
 
+    def train(
+        self, parts: Mapping[str, Any], *, kept: Callable[[Result], None] = lambda result: None
+    ) -> dict[str, Any]:
+        """Trains and evaluates; whatever happens, a valid record is written.
+
+        Args:
+          parts: As of :func:`mtl_jax.run_config.build_parts`, and ``should_stop``.
+          kept: Is given the result before the test part is opened.
+        """
+        self.begin()
+        try:
+            with warnings_kept(self.home):
+                trainer = dict(self.config["trainer"])
+                observer = observe(self.home, {key: trainer.pop(key) for key in WATCH_KEYS})
+                handover = self.handover
+                result = fit(
+                    build_model(self.config, self.dataset) if handover is None else handover.model,
+                    self.encoded.for_training(),
+                    seed=self.config["seed"],
+                    table_updates=trainer.pop("tables"),
+                    checkpoints=self.home.path / "checkpoints",
+                    observer=observer,
+                    **trainer,
+                    **parts,
+                    **({} if handover is None else handover.for_fit()),
+                )
+                if parts["should_stop"]():
+                    raise Interrupted("stopped after training, before the test part was opened")
+                kept(result)
+                return self.complete(result)
+        except (KeyboardInterrupt, Interrupted):
+            self.end("interrupted")
+            raise
+        except (MtlJaxError, OSError) as error:
+            self.end("failed", error)
+            raise
+
+    @property
+    def encoded(self) -> Dataset:
+        """The data as the model reads them."""
+        return self.dataset if self.handover is None else self.handover.dataset
+
     def complete(self, result: Result) -> dict[str, Any]:
         """Opens the test part for what was selected, and writes the record."""
         self.home.write_history(result.history)
@@ -132,7 +188,10 @@ class Job:
         }
         openings = 0 if "sealed" in self.known else self.home.record_opening(selection)
         started = self.known["timing"]["started"]
-        measured = _evaluated(result, self.dataset, self.shared, openings, self.home.reopened, started)
+        measured = _evaluated(result, self, openings, started)
+        if self.handover is not None:
+            measured |= self.handover.evaluated(result)
+            measured["slices"] = measured["slices"] | measured.pop("source_slices")
         record = new_record(self.known | measured, status="completed")
         record["flags"]["below_baseline"] = bool(below_baseline(record))
         validate(record)
@@ -155,20 +214,21 @@ def name_of(config: Mapping[str, Any], dataset: Dataset) -> str:
     return run_id(config, seed=config["seed"], data_identity=dataset.identity)
 
 
-def _evaluated(
-    result: Result, dataset: Dataset, shared: Shared, openings: int, reopened: bool, started: str
-) -> dict[str, Any]:
+def _evaluated(result: Result, job: Job, openings: int, started: str) -> dict[str, Any]:
     """What the test part says, opened here for the first time, with the mandatory baselines.
 
     With no opening (a sealed run) the validation part takes its place.
     """
-    training = shared.training(dataset)
-    part, rows = ("test", dataset.open_test()) if openings else ("valid", training.valid)
-    tasks = dataset.schema.tasks
+    part = "test" if openings else "valid"
+
+    def rows_of(dataset):
+        return dataset.open_test() if openings else dataset.for_training().valid
+
+    rows, tasks, domains = rows_of(job.encoded), job.encoded.schema.tasks, job.encoded.schema.domains
     outputs = result.predict(rows)
     values, support = metrics.evaluate(tasks, outputs, rows)
-    slices = metrics.evaluate_slices(tasks, outputs, rows, dataset.schema.domains)
-    gates = result.gate_use(rows, dataset.schema.domains)
+    slices = metrics.evaluate_slices(tasks, outputs, rows, domains)
+    gates = result.gate_use(rows, domains)
     device = jax.devices()[0]
     memory = device.memory_stats() or {}
     peak = memory.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -176,7 +236,7 @@ def _evaluated(
         "metrics": result.metrics | {"test": None} | {part: values},
         "support": result.support | {"test": {}} | {part: support},
         "slices": {name: {part: by_task} for name, by_task in slices.items()},
-        "baselines": shared.baselines(dataset, part, rows),
+        "baselines": job.shared.baselines(job.dataset, part, rows_of),
         "params": result.params,
         "monitor": result.monitor,
         "timing": result.timing | {"peak_memory_bytes": int(peak), "started": started},
@@ -185,8 +245,8 @@ def _evaluated(
         "flags": {
             "transductive": False,
             "oracle": False,
-            "reopened": reopened,
-            "leak": any(dataset.info["leakage"]["flagged"].values()),
+            "reopened": job.home.reopened,
+            "leak": any(job.dataset.info["leakage"]["flagged"].values()),
         },
     }
 
@@ -248,7 +308,8 @@ def _known(
 def _node_name(config: Mapping[str, Any], names: Mapping[str, str], key: str) -> str | None:
     """Name of a chosen node, by default that of its target; None where it stands for nothing."""
     name = names.get(key) or str(config[key]["_target_"]).split(".")[-1]
-    return None if (key, name) in (("link", "none"), ("link", "Link")) else name
+    nothing = (("link", "none"), ("link", "Link"), ("transfer", "scratch"), ("transfer", "Scratch"))
+    return None if (key, name) in nothing else name
 
 
 def _text(node: Any) -> str:

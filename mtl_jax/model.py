@@ -260,6 +260,14 @@ class MultiTaskModel(nnx.Module):
         outputs, own = self.linked((task,), common, context).logits[task], self.task[task]
         return own[OUTPUTS](outputs) if OUTPUTS in own else outputs
 
+    def features_of(self, common: Any) -> Float[Array, "batch feature"]:
+        """What the towers read, from the cut: an array that all share once, else those of the tasks side by side."""
+        cut = common if type(self.link) is Link else common.sharing
+        if isinstance(cut, jax.Array):
+            return cut.reshape(len(cut), -1)
+        read = [self.sharing.head(task, cut) for task in self.link.towers]
+        return jnp.concatenate([one.reshape(len(one), -1) for one in read], axis=-1)
+
     def linked(
         self,
         tasks: ListOf[str],

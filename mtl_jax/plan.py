@@ -11,6 +11,7 @@ from mtl_jax.arguments import check_count, shown
 from mtl_jax.config import check_keys
 from mtl_jax.errors import ConfigError
 from mtl_jax.job import Shared, name_of
+from mtl_jax.report.comparison import changes_data
 from mtl_jax.run_config import KEYS, MAX_SEED, build_parts, check_config
 from mtl_jax.train.vectorize import check_axis
 
@@ -68,9 +69,7 @@ def runs_of(arm: Mapping[str, Any]) -> list[Planned]:
 def settings_tried(arm: Mapping[str, Any]) -> int:
     """Settings that validation chooses from: the points of the arm's axes but for data; 0 where there is no choice."""
     base = {key: arm[key] for key in KEYS if key in arm}
-    tuned = [
-        values for key, values in flat_axis(arm["axis"]).items() if has_key(base, key) and not key.startswith("data.")
-    ]
+    tuned = [values for key, values in flat_axis(arm["axis"]).items() if has_key(base, key) and not changes_data(key)]
     points = math.prod(map(len, tuned))
     return points if points > 1 else 0
 

@@ -9,18 +9,16 @@ from rich.console import Console
 
 from mtl_jax.config import plain
 from mtl_jax.data.batching import as_batch
-from mtl_jax.errors import ConfigError, Interrupted, MtlJaxError
+from mtl_jax.errors import ConfigError
+from mtl_jax.handover import hand_over
 from mtl_jax.job import Job, Shared, name_of
-from mtl_jax.report.find import single_task_command, single_task_reference
+from mtl_jax.report.find import scratch_command, scratch_reference, single_task_command, single_task_reference
 from mtl_jax.report.folder import RunFolder
 from mtl_jax.report.gates import plot_gates
 from mtl_jax.report.plot import plot_run
 from mtl_jax.report.terminal import print_result
-from mtl_jax.report.warned import warnings_kept
-from mtl_jax.run_config import COMMAND_KEYS, WATCH_KEYS, build_model, build_parts, check_config
+from mtl_jax.run_config import COMMAND_KEYS, build_model, build_parts, check_config
 from mtl_jax.summary import print_summary
-from mtl_jax.train import fit
-from mtl_jax.watch import observe
 
 PLAIN_WIDTH = 110
 """Columns of the printed result where standard output is not a terminal."""
@@ -70,15 +68,20 @@ def run(
         job = Job(config, home, dataset, shared, names=names, sealed=sealed)
         record = job.earlier()
         if record is None or record["status"] != "completed":
-            record = _finish(job, parts)
+            job.handover = hand_over(config, shared, should_stop)
+            record = job.train(parts)
         else:
             console.print(f"finished on {record['timing']['started']}; nothing to train")
-        reference = single_task_reference(Path(config["output_dir"]), record)
-        if record["method"]["sharing"] == "single_task":
-            reference = None
+        outputs, transferred = Path(config["output_dir"]), record["method"]["transfer"] is not None
+        if transferred:
+            reference = scratch_reference(outputs, record)
+        else:
+            reference = single_task_reference(outputs, record)
+            if record["method"]["sharing"] == "single_task":
+                reference = None
         plot_run(record, home.read_history(), home.path / "result.png", reference=reference)
         plot_gates(record, home.path / "gates.png")
-        command = single_task_command(record, list(overrides))
+        command = (scratch_command if transferred else single_task_command)(record, list(overrides))
         print_result(record, console, reference=reference, reference_command=command, folder=home.path)
     return record
 
@@ -91,32 +94,4 @@ def summarise(config: Any, console: Console | None = None) -> None:
     shared = Shared()
     dataset = shared.dataset(config)
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    print_summary(build_model(config, dataset), as_batch(shared.training(dataset).valid), console)
-
-
-def _finish(job: Job, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains and evaluates; whatever happens, a valid record is written."""
-    job.begin()
-    try:
-        with warnings_kept(job.home):
-            trainer = dict(job.config["trainer"])
-            observer = observe(job.home, {key: trainer.pop(key) for key in WATCH_KEYS})
-            result = fit(
-                build_model(job.config, job.dataset),
-                job.shared.training(job.dataset),
-                seed=job.config["seed"],
-                table_updates=trainer.pop("tables"),
-                checkpoints=job.home.path / "checkpoints",
-                observer=observer,
-                **trainer,
-                **parts,
-            )
-            if parts["should_stop"]():
-                raise Interrupted("stopped after training, before the test part was opened")
-            return job.complete(result)
-    except (KeyboardInterrupt, Interrupted):
-        job.end("interrupted")
-        raise
-    except (MtlJaxError, OSError) as error:
-        job.end("failed", error)
-        raise
+    print_summary(build_model(config, dataset), as_batch(dataset.for_training().valid), console)

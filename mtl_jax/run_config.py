@@ -15,6 +15,7 @@ from mtl_jax.data.dataset import Dataset
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel, is_table
 from mtl_jax.sharing import Link, Strategy, match_parameters
+from mtl_jax.source import check_transfer
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, fit
 from mtl_jax.train.parallel import Devices
 from mtl_jax.train.stages import check_training
@@ -24,16 +25,17 @@ from mtl_jax.watch import check_options
 
 KEYS = (
     "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "history", "towers",
-    "link", "prior", "training", "match_parameters", "seed", "folds", "allow", "output_dir",
+    "link", "prior", "training", "match_parameters", "seed", "folds", "allow", "output_dir", "transfer", "source",
+    "target", "select", "loading",
 )  # fmt: skip
 COMMAND_KEYS = ("summary",)
 """What the command line reads itself, and no run has."""
 TRAINER_KEYS = (
     "epochs", "batch_size", "patience", "monitor", "tables", "steps_per_call", "checkpoint_seconds",
-    "micro_batches", "precision", "average", "order_seed", *WATCH_KEYS,
+    "micro_batches", "precision", "average", "order_seed", "epoch_steps", *WATCH_KEYS,
 )  # fmt: skip
 PARALLEL_KEYS = ("strategy", "devices")
-NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "history", "towers", "link")
+NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "history", "towers", "link", "transfer")
 MODEL_PARTS = {"encoder": nnx.Module, "history": nnx.Module, "sharing": Strategy, "towers": nnx.Module, "link": Link}
 MAX_SEED = 2**32 - 1
 OPTION_KEYS = tuple(field.name for field in dataclasses.fields(BalancingOptions))
@@ -51,12 +53,15 @@ def check_config(config: Mapping[str, Any]) -> None:
     check_arguments(fit, given, place="trainer", names={"tables": "table_updates"})
     if config["trainer"]["order_seed"] is not None:
         check_count(config["trainer"]["order_seed"], "trainer.order_seed", least=0, most=MAX_SEED)
+    if config["trainer"]["epoch_steps"] is not None:
+        check_count(config["trainer"]["epoch_steps"], "trainer.epoch_steps")
     for key in ("steps_per_call", "micro_batches"):  # arrays have these lengths
         check_count(config["trainer"][key], f"trainer.{key}")
     check_numerics(config["trainer"]["precision"], config["trainer"]["average"])
     check_arguments(fit, config["parallel"], place="parallel", names={"strategy": "parallel"})
     devices_of(config)
     check_training(config["training"])
+    check_transfer(config)
     if config["prior"] is not None and not (
         isinstance(config["prior"], list) and all(isinstance(name, str) for name in config["prior"])
     ):

@@ -90,6 +90,8 @@ def test_the_list_is_complete():
         "watch",
         "cross_validate",
         "summary",
+        "source",
+        "handover",
     }
     assert rooms - above - {"__init__", "__pycache__"} == set(ALLOWED)
 

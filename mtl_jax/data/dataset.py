@@ -51,6 +51,22 @@ class Encoded:
         return self.ids.shape[0]
 
 
+def concatenated(first: Encoded, second: Encoded, weight: float = 1.0) -> Encoded:
+    """The rows of both, encoded by one schema; those of the second have their weight multiplied. Codes of users and items
+    are left out: they do not compare."""
+
+    def together(one: Any, other: Any) -> Any:
+        if isinstance(one, Mapping):
+            return {key: together(one[key], other[key]) for key in one}
+        if isinstance(one, tuple):
+            return tuple(map(together, one, other))
+        return None if one is None else np.concatenate([one, other])
+
+    second = dataclasses.replace(second, weight=second.weight * np.float32(weight))
+    fields = [f.name for f in dataclasses.fields(Encoded) if f.name not in ("user", "item")]
+    return Encoded(**{name: together(getattr(first, name), getattr(second, name)) for name in fields})
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
     """What a trainer may see: the training and validation parts, and nothing of the test part."""

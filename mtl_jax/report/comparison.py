@@ -15,10 +15,11 @@ from mtl_jax.report.ranking import identical_rows, rank
 from mtl_jax.report.rows import Candidate, Comparison, Row
 from mtl_jax.report.selection import choose
 from mtl_jax.report.statistics import Summary, difference, holm, summary
+from mtl_jax.report.transfer import worth
 
 __all__ = ["Candidate", "Comparison", "Row", "compare"]
 
-SINGLE_TASK = "single_task"
+SINGLE_TASK, SCRATCH = "single_task", "scratch"
 MESSAGE_WIDTH = 300
 UNRANKED_FLAGS = ("reopened", "leak", "oracle")
 # What all records of one comparison must share: other rows of data or another metric are another question.
@@ -79,7 +80,7 @@ def _compare(ablation: Ablation, data: str, members: Sequence[Mapping[str, Any]]
         baseline=baseline if baseline in by_arm else None,
         trivial=trivial,
         rows=tuple(_row(ablation, found, by_arm[arm], finished, tasks) for arm, found in candidates.items()),
-        single_task=_single_task(by_arm, finished),
+        single_task=SCRATCH if baseline == SCRATCH and SCRATCH in by_arm else _single_task(by_arm, finished),
         candidates=tuple(one for found in candidates.values() if len(found) > 1 for one in found),
     )
     comparison = _mark_failures(comparison)
@@ -87,6 +88,10 @@ def _compare(ablation: Ablation, data: str, members: Sequence[Mapping[str, Any]]
     comparison = dataclasses.replace(comparison, refused=refusals(comparison, ablation.facts.get("command")))
     if not comparison.refused:
         comparison = rank(_with_delta_m(_with_differences(comparison)))
+    if comparison.single_task == SCRATCH:
+        found = worth(ablation, comparison, SCRATCH)
+        rows = tuple(dataclasses.replace(row, transfer=found.get(row.arm, {})) for row in comparison.rows)
+        comparison = dataclasses.replace(comparison, rows=rows)
     return dataclasses.replace(comparison, notes=notes(comparison))
 
 
@@ -243,8 +248,13 @@ def _check_shared(data: str, finished: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
+def changes_data(key: str) -> bool:
+    """Whether an axis is no tuning, since its values are trained and judged on other rows."""
+    return key.startswith("data.") or key == "target"
+
+
 def _name_of_data(member: Mapping[str, Any]) -> str:
-    changed = {key: value for key, value in member["values"].items() if key.startswith("data.")}
+    changed = {key: value for key, value in member["values"].items() if changes_data(key)}
     return ", ".join([member["data"], *(f"{key}={value}" for key, value in sorted(changed.items()))])
 
 

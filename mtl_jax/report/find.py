@@ -1,11 +1,11 @@
-"""Finished records under an outputs folder, and the single-task run that a record is compared with."""
+"""Finished records under an outputs folder, and the run that a record is compared with: single-task, or from scratch."""
 
 import json
 import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from mtl_jax.report.record import RecordError, validate
 logger = logging.getLogger(__name__)
 
 # What the command of the reference run must not take over: the nodes it replaces, and a folder that is taken.
-REPLACED = re.compile(r"^[+~]*(sharing|balancing|hydra\.run\.dir|hydra\.sweep\.(dir|subdir))([.@=]|$)")
+FOLDERS = r"hydra\.run\.dir|hydra\.sweep\.(dir|subdir)"
+REPLACED = re.compile(rf"^[+~]*(sharing|balancing|{FOLDERS})([.@=]|$)")
+REPLACED_BY_SCRATCH = re.compile(rf"^[+~]*(transfer|{FOLDERS})([.@=]|$)")
 
 
 def records(root: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]]:
@@ -41,12 +43,31 @@ def single_task_reference(root: str | os.PathLike, record: Mapping[str, Any]) ->
     Same data and split, same share of the target rows, same tasks, metrics and losses, same seed, same way of choosing
     the checkpoint, and evaluated on the same part; not the run itself.
     """
+    return _latest(
+        root, record, lambda other: other["method"]["sharing"] == "single_task" and not other["method"].get("transfer")
+    )
+
+
+def scratch_reference(root: str | os.PathLike, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The latest completed run of the same method without transfer, under the protocol of :func:`single_task_reference`."""
+    return _latest(root, record, lambda other: other["method"] == record["method"] | {"transfer": None})
+
+
+def scratch_command(record: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """The command line that makes the run from scratch that a transfer is compared with; arguments as below."""
+    kept = _with_seed(record, [override for override in overrides if not REPLACED_BY_SCRATCH.match(override)])
+    return shlex.join(["python", "-m", "experiments.transfer", *kept, "transfer=scratch"])
+
+
+def _latest(
+    root: str | os.PathLike, record: Mapping[str, Any], fits: Callable[[Mapping[str, Any]], bool]
+) -> dict[str, Any] | None:
     matches = [
         other
         for _, other in records(root)
         if other["status"] == "completed"
-        and other["method"]["sharing"] == "single_task"
         and other["run_id"] != record["run_id"]
+        and fits(other)
         and _protocol(other) == _protocol(record)
     ]
     return max(matches, key=lambda other: other["timing"].get("started") or "", default=None)
@@ -60,10 +81,14 @@ def single_task_command(record: Mapping[str, Any], overrides: Sequence[str]) -> 
       overrides: What the user wrote after ``python -m experiments.train``. Those of sharing, balancing and the run
         folder are replaced, all others kept.
     """
-    kept = [override for override in overrides if not REPLACED.match(override)]
-    if not any(override.lstrip("+").startswith("seed=") for override in kept):
-        kept.append(f"seed={record['seed']}")
-    return shlex.join(["python", "-m", "experiments.train", *kept, "sharing=single_task", "balancing=equal"])
+    kept = _with_seed(record, [override for override in overrides if not REPLACED.match(override)])
+    module = "experiments.train" if record["config"].get("target") is None else "experiments.transfer"
+    return shlex.join(["python", "-m", module, *kept, "sharing=single_task", "balancing=equal"])
+
+
+def _with_seed(record: Mapping[str, Any], overrides: list[str]) -> list[str]:
+    named = any(override.lstrip("+").startswith("seed=") for override in overrides)
+    return overrides if named else [*overrides, f"seed={record['seed']}"]
 
 
 def _run_folders(root: Path) -> Iterator[Path]:

@@ -22,11 +22,11 @@ def refusals(comparison: Comparison, command: str | None) -> tuple[str, ...]:
     if single is None:
         found.append(
             "no gains, ranks or winners: there is no single-task row, so nothing says whether sharing helps. Run the same "
-            f"command without baseline=none{again}"
+            f"command without baseline=none, or with baseline=scratch where a source is the question{again}"
         )
     elif not single.metrics:
         found.append(
-            f"no gains, ranks or winners: no run of the single-task row '{single.arm}' has finished. Run the same command "
+            f"no gains, ranks or winners: no run of the reference row '{single.arm}' has finished. Run the same command "
             f"again{again}"
         )
     lacking = [task for task in comparison.tasks if not any(task in row for row in comparison.trivial.values())]
@@ -46,11 +46,25 @@ def notes(comparison: Comparison) -> tuple[str, ...]:
         *_flags(comparison),
         *_copies(comparison),
         *(sentence for task in comparison.tasks for sentence in _task(comparison, task)),
+        *_transfer(comparison),
         *_order(comparison),
         *_seeds(comparison),
         *_tuning(comparison),
         *_limits(comparison),
     )
+
+
+def _transfer(comparison: Comparison) -> list[str]:
+    """Negative transfer is declared by the interval of the gain, not by its mean."""
+    found = []
+    for row in comparison.rows:
+        worse = [task for task, one in row.differences.items() if row.transfer and one.interval and one.interval[1] < 0]
+        if worse:
+            found.append(
+                f"{row.arm}: negative transfer in {', '.join(worse)} (the 95 % interval of its gain over "
+                f"{comparison.baseline} lies below 0; not corrected for the number of comparisons)"
+            )
+    return found
 
 
 def _failures(comparison: Comparison) -> list[str]:

@@ -11,7 +11,7 @@ import polars as pl
 
 from mtl_jax.report.compare import baseline_value, gain_over, reported_part, shown_baselines, task_value
 from mtl_jax.report.folder import HISTORY_SCHEMA, write_atomically
-from mtl_jax.report.record import method_text
+from mtl_jax.report.record import domains_text, method_text
 
 Record = Mapping[str, Any]
 # Blue and orange of Okabe and Ito for what was trained, greys for what was not: also told apart in black and white.
@@ -140,7 +140,8 @@ def _gain_series(record: Record, tasks: list[str], reference: Record | None) -> 
         if name in shown_baselines(record)
     ]
     if reference is not None:
-        series.append(("single task", SINGLE, gains([task_value(reference, task) for task in tasks])))
+        name = "scratch" if record["method"].get("transfer") else "single task"
+        series.append((name, SINGLE, gains([task_value(reference, task) for task in tasks])))
     return [*series, ("model", MODEL, gains([task_value(record, task) for task in tasks]))]
 
 
@@ -185,7 +186,7 @@ def _mark_selected(panel, record: Record, curve: pl.DataFrame) -> None:
 def _title(record: Record) -> str:
     method, data = record["method"], record["data"]
     name = data["name"] if data["recipe"] in (None, data["name"]) else f"{data['name']} ({data['recipe']})"
-    setting = f"{method_text(method)} on {name}"
+    setting = f"{method_text(method)} on {name}{domains_text(record)}"
     return f"{setting}, split {data['split']}, seed {record['seed']} (one seed: no interval)"
 
 

@@ -216,10 +216,22 @@ def validate(record: Mapping[str, Any]) -> None:
 
 
 def method_text(method: Mapping[str, str | None]) -> str:
-    """Sharing, link where there is one, and balancing, as in ``mmoe + esmm + equal``."""
-    return " + ".join(
-        method.get(group) or "?" for group in ("sharing", "link", "balancing") if group != "link" or method.get(group)
-    )
+    """Sharing, link where there is one, balancing, and transfer where there is one, as in ``mmoe + esmm + equal``."""
+    groups = ("sharing", "link", "balancing", "transfer")
+    optional = ("link", "transfer")
+    return " + ".join(method.get(group) or "?" for group in groups if group not in optional or method.get(group))
+
+
+def domains_text(record: Mapping[str, Any]) -> str:
+    """Where a run with a target goes from and to, as in ``, grocery to drug_gm``; empty for one without."""
+
+    def names(key):
+        found = record.get("config", {}).get(key)
+        return " + ".join([found] if isinstance(found, str) else found or [])
+
+    if not names("target"):
+        return ""
+    return f", {names('source')} to {names('target')}" if record["method"].get("transfer") else f", {names('target')}"
 
 
 def versions() -> dict[str, str | None]:

@@ -28,6 +28,7 @@ class Row:
       best: Task -> has the best mean of all ranked rows.
       tied_with_best: Task -> its paired interval against the best holds 0.
       below_trivial: Task -> name of the best trivial predictor, where that one is better than the mean.
+      transfer: Task -> quantity -> what a source was worth (see :mod:`mtl_jax.report.transfer`); empty without one.
       parameters: All of them.
       examples_per_second: Mean over the finished runs.
       compile_seconds: Sum over the finished runs, which share compiled programs.
@@ -50,6 +51,7 @@ class Row:
     best: dict[str, bool] = dataclasses.field(default_factory=dict)
     tied_with_best: dict[str, bool] = dataclasses.field(default_factory=dict)
     below_trivial: dict[str, str] = dataclasses.field(default_factory=dict)
+    transfer: dict[str, dict[str, Summary]] = dataclasses.field(default_factory=dict)
     parameters: int | None = None
     examples_per_second: float | None = None
     compile_seconds: float | None = None

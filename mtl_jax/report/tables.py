@@ -6,6 +6,7 @@ from mtl_jax.report.notes import interval, number, probability, status
 from mtl_jax.report.rows import Comparison, Row
 from mtl_jax.report.selection import settings
 from mtl_jax.report.statistics import Difference, Summary
+from mtl_jax.report.transfer import QUANTITIES
 
 TIED = "≈"
 LEGEND = (
@@ -51,8 +52,15 @@ class Grid:
 
 
 def tables(comparison: Comparison) -> tuple[Grid, ...]:
-    """Results, details by task, differences to the baseline, and what was tried; those that have rows."""
-    grids = (results(comparison), details(comparison), differences(comparison), candidates(comparison))
+    """Results, details by task, differences to the baseline, what a source was worth, and what was tried; those that have
+    rows."""
+    grids = (
+        results(comparison),
+        details(comparison),
+        differences(comparison),
+        transfer(comparison),
+        candidates(comparison),
+    )
     return tuple(grid for grid in grids if grid.rows)
 
 
@@ -109,6 +117,22 @@ def differences(comparison: Comparison) -> Grid:
         f"Differences to {comparison.baseline} on {comparison.data}, positive = better; Holm over {count} comparisons"
     )
     return Grid("differences", title, header, rows, text_columns=2)
+
+
+def transfer(comparison: Comparison) -> Grid:
+    """What a source was worth on validation, against runs of the same seeds from scratch."""
+    rows = tuple(
+        (Cell(task), Cell(row.arm), *(Cell(_summary(row.transfer[task].get(name), sign="+")) for name in QUANTITIES))
+        for task in comparison.tasks
+        for row in comparison.rows
+        if task in row.transfer
+    )
+    header = ("task", "arm", *(name.replace("_", " ") for name in QUANTITIES))
+    title = (
+        f"Validation curves against scratch on {comparison.data}: gain before any step, at the first evaluation after 1 % "
+        "of the steps, on average, steps to scratch's best as a share of its own, and what was lost on the source"
+    )
+    return Grid("transfer", title, header, rows, text_columns=2)
 
 
 def candidates(comparison: Comparison) -> Grid:

@@ -21,7 +21,7 @@ from mtl_jax.report.compare import (
     shown_baselines,
     task_value,
 )
-from mtl_jax.report.record import method_text
+from mtl_jax.report.record import domains_text, method_text
 
 Record = Mapping[str, Any]
 WITH_POSITIVES = ("binary", "multilabel", "zero_inflated")
@@ -44,7 +44,7 @@ def result_table(record: Record, *, reference: Record | None = None) -> Table:
     """
     part = reported_part(record)
     method = record["method"]
-    title = f"{method_text(method)} on {record['data']['name'] or '?'}, "
+    title = f"{method_text(method)} on {record['data']['name'] or '?'}{domains_text(record)}, "
     title += f"{part} part" if part else "nothing evaluated"
     if part == "valid":
         title += " (the test part is unopened)"
@@ -57,7 +57,7 @@ def result_table(record: Record, *, reference: Record | None = None) -> Table:
     for name in baselines:
         table.add_column(name.replace("_mean", "\nmean").replace("_", " "), justify="right")
     if reference is not None:
-        table.add_column("single\ntask", justify="right")
+        table.add_column("scratch" if method.get("transfer") else "single\ntask", justify="right")
     table.add_column("gain over\nbest baseline", justify="right", no_wrap=True)
     for task, facts in record["tasks"].items():
         cells = [
@@ -153,6 +153,8 @@ def _summary(record: Record, reference: Record | None, command: str | None) -> l
     else:
         mean = f"{100 * gain:+.2f} % over the best trivial baseline of each task, mean of {count} ({part})"
     lines = [("mean gain", mean)]
+    if record["method"].get("transfer"):
+        return [*lines, *_transfer(record, reference, command)]
     if reference is None and record["method"]["sharing"] == "single_task":
         return [*lines, ("delta_m", "this is a single-task run: the reference of other runs")]
     if reference is None:
@@ -166,6 +168,27 @@ def _summary(record: Record, reference: Record | None, command: str | None) -> l
     if centred is not None and any(facts["metric"] in AUCS for facts in record["tasks"].values()):
         lines.append(("delta_m_c", f"{centred:+.2f} % with AUC - 1/2 in place of AUC"))
     return lines
+
+
+def _transfer(record: Record, reference: Record | None, command: str | None) -> list[tuple[str, str]]:
+    """What the source was worth, task by task, and what was lost on it."""
+
+    def listed(values: Mapping[str, float | None]) -> str:
+        return ", ".join(f"{task} {'n/a' if value is None else f'{value:+.4f}'}" for task, value in values.items())
+
+    forgetting = record.get("transfer", {}).get("forgetting")
+    lost = (
+        [("forgetting", f"{listed(forgetting)} on the source's validation part, positive = lost")] if forgetting else []
+    )
+    if reference is None:
+        missing = "n/a: no run from scratch of the same method, data, split, tasks and seed. To make it:"
+        return [("transfer gain", f"{missing}\n  {command}"), *lost]
+    gains = {}
+    for task, facts in record["tasks"].items():
+        with_source, without = task_value(record, task), task_value(reference, task)
+        sign = 1.0 if facts["direction"] == "higher" else -1.0
+        gains[task] = None if with_source is None or without is None else sign * (with_source - without)
+    return [("transfer gain", f"{listed(gains)} over scratch (run {reference['run_id']}), positive = better"), *lost]
 
 
 def _cost(record: Record) -> list[tuple[str, str]]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import optax
 
 from mtl_jax.balancing import Balancer
-from mtl_jax.data.dataset import Dataset, TrainingData
+from mtl_jax.data.dataset import Dataset, Encoded, TrainingData
 from mtl_jax.model import MultiTaskModel
+from mtl_jax.train.adaptation import Adaptation, Origin
 from mtl_jax.train.gradients import BalancingOptions
 from mtl_jax.train.objective import Objective
 from mtl_jax.train.optimizer import Optimizer
@@ -33,6 +34,7 @@ def fit(
     options: BalancingOptions = BalancingOptions(),
     table_updates: str | Mapping[str, str] = "auto",
     steps_per_call: int = 32,
+    epoch_steps: int | None = None,
     training: str = "joint",
     micro_batches: int = 1,
     precision: str = "float32",
@@ -43,6 +45,9 @@ def fit(
     checkpoint_seconds: float = 60.0,
     observer: Observer | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    adaptation: Adaptation | None = None,
+    origin: Origin | None = None,
+    source: Encoded | None = None,
 ) -> Result:
     """Trains all tasks, evaluates on validation after every epoch, and selects the best epoch.
 
@@ -63,6 +68,7 @@ def fit(
       options: Scope and head gradient of the balancer.
       table_updates: ``auto``, ``dense``, ``sparse``, or a choice by vocabulary.
       steps_per_call: Steps between two looks at the device. Results do not depend on it.
+      epoch_steps: Least steps from one evaluation to the next: small data are passed over several times. None: one pass.
       training: ``joint``; or ``staged``: joint training first, then tables and shared parameters stay as selected and each
         task's own parameters are trained on, stopped and selected by the task's own metric.
       micro_batches: Parts that each batch is computed in, one after the other, where memory is short. The step is the
@@ -76,6 +82,10 @@ def fit(
       checkpoint_seconds: Longest time between two checkpoints inside an epoch; every epoch ends with one.
       observer: Is told about progress; see :class:`mtl_jax.train.progress.Bar`.
       should_stop: Is asked after every call to the device; True ends the run after a checkpoint.
+      adaptation: What training owes to a source, one of :mod:`mtl_jax.transfer`; the model then has the values that were
+        loaded from there, which are the first candidate of the selection. None: nothing.
+      origin: What of these came from the source (:attr:`mtl_jax.transfer.Loading.origin`).
+      source: Rows of the source, encoded by the schema of ``dataset``, for an adaptation that reads any.
 
     Raises:
       ConfigError: An option is out of range, or options do not fit together; raised before anything is compiled.
@@ -101,6 +111,7 @@ def fit(
         options=options,
         table_updates=table_updates,
         steps_per_call=steps_per_call,
+        epoch_steps=epoch_steps,
         training=training,
         micro_batches=micro_batches,
         precision=precision,
@@ -109,6 +120,8 @@ def fit(
         devices=devices,
         checkpoint_seconds=checkpoint_seconds,
         should_stop=should_stop,
+        adaptation=adaptation,
+        source=source,
     )
     member = Member(
         lambda: model,
@@ -116,6 +129,8 @@ def fit(
         balancer=balancer,
         optimizer=optimizer,
         order_seed=order_seed,
+        adaptation=adaptation,
+        origin=origin,
         checkpoints=checkpoints,
         observer=observer,
     )

@@ -32,8 +32,8 @@ class Optimizer:
       weight_decay: Decoupled decay (Loshchilov and Hutter, ICLR 2019): a number for all labels, or one by label kind
         (``embedding``, ``shared``, ``task``, ``aux``; what is not named has none). In tables updated by rows only
         touched rows decay.
-      rate_scale: Name -> factor > 0 of the learning rate, for the parameters that have the name in their path:
-        ``{"stitch": 100.0}`` trains cross-stitch matrices a hundred times as fast as the networks that they join.
+      rate_scale: Name -> factor > 0 of the learning rate, for the parameters that have the name in their path, or
+        as it: ``{"stitch": 100.0}`` trains cross-stitch matrices a hundred times as fast as the networks that they join.
       clip_norm: Bound of the global norm of the gradient over all parameters, touched rows included; None: no clipping.
 
     Example:
@@ -154,7 +154,7 @@ class Optimizer:
 
     def check_names(self, paths: Iterable[str]) -> None:
         """Raises a ConfigError for a name of ``rate_scale`` that no parameter has in its path."""
-        known = {name for path in paths for name in path.split("/")}
+        known = {name for path in paths for name in (path, *path.split("/"))}
         if unknown := sorted(set(self.rate_scale) - known):
             raise ConfigError(
                 f"optimizer.rate_scale names {unknown}, which no parameter of this model has in its path; expected some of "
@@ -163,7 +163,7 @@ class Optimizer:
 
     def _scale(self, path: str) -> Any:
         """The factor of a parameter's learning rate."""
-        return math.prod(factor for name, factor in self.rate_scale.items() if name in path.split("/"))
+        return math.prod(factor for name, factor in self.rate_scale.items() if name == path or name in path.split("/"))
 
     def _scaled(self, updates: dict[str, Array], params: Any = None) -> dict[str, Array]:
         return {path: self._scale(path) * update for path, update in updates.items()}

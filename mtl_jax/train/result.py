@@ -121,9 +121,11 @@ class Position:
         """Step that a stage with one monitor selects; None before its first evaluation."""
         return next(iter(self.best.values()), {"step": None})["step"]
 
-    def selection(self, monitor: Monitor, values: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+    def selection(
+        self, monitor: Monitor, values: Mapping[str, Mapping[str, float | None]], *, by_task: bool
+    ) -> dict[str, Any]:
         """``{name, value, step}`` of the selection, whose metrics are ``values``; after staged training by task too."""
-        if self.stage == 0:
+        if not by_task:
             best = self.best[monitor.name]
             return {"name": monitor.name, "value": best["value"], "step": best["step"]}
         tasks = {
@@ -136,6 +138,13 @@ class Position:
     def last(self, name: str) -> dict[str, float | None]:
         """The newest value of one name by task."""
         return {row["task"]: row["value"] for row in self.history if row["name"] == name and row["task"]}
+
+    def open(self, at: int, values: Mapping[str, Mapping[str, float | None]], monitor: Monitor) -> None:
+        """Writes down what a run begins with: validation metrics before the first step."""
+        for task, of_task in values.items():
+            for name, metric in of_task.items():
+                self._record(at, "valid", task, name, metric)
+        self._record(at, "valid", None, monitor.name, monitor.value(values))
 
     def _record(self, step: int, part: str, task: str | None, name: str, value: float | None) -> None:
         value = None if value is None or not math.isfinite(value) else float(value)

@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from mtl_jax import metrics
-from mtl_jax.data.batching import epoch_order
 from mtl_jax.errors import ConfigError, Interrupted, TrainingError
 from mtl_jax.train.loop import run_steps
 from mtl_jax.train.predict import predict_stack
@@ -109,12 +108,23 @@ class RunStack:
 
         found = self.checkpoints.latest(like) if self.checkpoints else None
         if found is None:
-            state = self.enter(0)
-            return state, jax.tree.map(jnp.copy, self.evaluated(state)), [Position() for _ in self.members], Clock()
+            state, positions = self.enter(0), [Position() for _ in self.members]
+            arrays = self.evaluated(state)
+            if self.setup.adaptation is not None:
+                self.open(arrays, positions)
+            return state, jax.tree.map(jnp.copy, arrays), positions, Clock()
         kept, progress = found
         self.errors = {int(number): TrainingError(text) for number, text in progress["errors"].items()}
         positions = [Position(**position) for position in progress["positions"]]
         return kept["state"], kept["best"], positions, Clock(**progress["clock"])
+
+    def open(self, arrays: Params, positions: list[Position]) -> None:
+        """What came from a source is the first candidate of each member's selection."""
+        monitor = self.stages[0].monitors[0]
+        for number, (values, _) in self.measure(arrays, range(len(self.members))).items():
+            positions[number].open(0, values, monitor)
+            if self.setup.adaptation.needs_source:
+                self.judge(positions[number], values, 0)
 
     def enter(
         self, number: int, models: Sequence[Any] | None = None, starts: Sequence[int] | None = None
@@ -316,7 +326,7 @@ class RunStack:
 
     def evaluated(self, state: TrainState) -> Params:
         """Path -> stacked array as it is evaluated."""
-        return jax.vmap(self.step.evaluated)(state)
+        return jax.vmap(lambda numbers, state: self.step.with_numbers(numbers).evaluated(state))(self.numbers, state)
 
     def measure(self, arrays: Params, numbers: Sequence[int]) -> dict[int, tuple[dict, dict]]:
         """Metrics on validation and what they were computed from, by member."""
@@ -328,8 +338,7 @@ class RunStack:
         }
 
     def order(self, number: int, epoch: int) -> np.ndarray:
-        rows, size = self.data.train.num_rows, self.setup.batch_size
-        return epoch_order(rows, size, seed=self.members[number].order_seed, epoch=epoch)
+        return self.setup.order(self.members[number], epoch)
 
     @property
     def spec(self) -> PartitionSpec:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax import metrics
-from mtl_jax.data.batching import epoch_order
 from mtl_jax.errors import Interrupted, RunFolderError, TrainingError
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.train.loop import run_steps
@@ -72,9 +71,21 @@ class Session:
 
         found = self.checkpoints.latest(like) if self.checkpoints else None
         if found is None:
-            return self.enter(0, self.model), Position()
+            state, position = self.enter(0, self.model), Position()
+            return (state if self.member.adaptation is None else self.open(state, position)), position
         state, progress = found
         return state, Position(**progress)
+
+    def open(self, state: TrainState, position: Position) -> TrainState:
+        """What came from a source is the first candidate of the selection, and the only one where nothing is trained."""
+        arrays = self.evaluated(state)
+        values, _ = self.measure(arrays)
+        position.open(0, values, self.stages[0].monitors[0])
+        if self.member.adaptation.needs_source:
+            state, _ = self.judge(state, position, arrays, values, 0)
+            position.finished = not self.member.adaptation.trains
+            self.save(state, position)
+        return state
 
     def enter(self, number: int, model: MultiTaskModel, start: int = 0) -> TrainState:
         """The state at the beginning of a stage, on the devices."""
@@ -125,8 +136,7 @@ class Session:
         return self.devices.replicate(self.step.numbers())
 
     def order(self, epoch: int) -> np.ndarray:
-        rows, size = self.data.train.num_rows, self.setup.batch_size
-        return epoch_order(rows, size, seed=self.member.order_seed, epoch=epoch)
+        return self.setup.order(self.member, epoch)
 
     def run_epoch(self, state: TrainState, position: Position) -> TrainState:
         """The steps of one epoch, from wherever ``position`` stands in it."""

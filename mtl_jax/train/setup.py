@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_jax import metrics
 from mtl_jax.balancing import Balancer, equal
-from mtl_jax.data.batching import as_batch
-from mtl_jax.data.dataset import Dataset, TrainingData
+from mtl_jax.data.batching import as_batch, epoch_order, take
+from mtl_jax.data.dataset import Dataset, Encoded, TrainingData, concatenated
 from mtl_jax.data.schema import Schema
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.train import tables
+from mtl_jax.train.adaptation import Adaptation, Origin
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.gradients import BalancingOptions
 from mtl_jax.train.monitor import check_monitor
@@ -31,6 +34,9 @@ from mtl_jax.train.stages import Stage, stages_of
 from mtl_jax.train.state import Functional, TrainState, count_parameters
 from mtl_jax.train.step import Step
 
+DEPLOYED = 2**31
+"""Number of the stream that batches for deployment are drawn from, which no epoch has."""
+
 
 @dataclasses.dataclass
 class Member:
@@ -43,6 +49,8 @@ class Member:
       optimizer: As for :func:`mtl_jax.train.fit`.
       order_seed: Of the data order alone; None: ``seed``. With one for all members, all see the same batches.
       name: Of the run; tells it from others with its seed.
+      adaptation: What it owes to a source; None: nothing.
+      origin: What of the model's values came from the source.
       checkpoints: Folder for checkpoints of this run; runs that are trained together have a common one instead.
       observer: Is told about its progress.
     """
@@ -53,6 +61,8 @@ class Member:
     optimizer: Optimizer | optax.GradientTransformation | None = None
     order_seed: int | None = None
     name: str = ""
+    adaptation: Adaptation | None = None
+    origin: Origin | None = None
     checkpoints: str | Path | None = None
     observer: Observer | None = None
 
@@ -69,7 +79,7 @@ class Setup:
 
     Attributes:
       data: Training and validation parts.
-      train: The training part on the devices.
+      train: The training part on the devices, followed by rows of the source where the adaptation reads any.
       valid: The validation part on the devices.
       stages: Of training, in their order.
       objective: Reduction of the losses.
@@ -85,6 +95,10 @@ class Setup:
       checkpoint_seconds: Longest time between two checkpoints inside an epoch.
       table_updates: ``auto``, ``dense``, ``sparse``, or a choice by vocabulary.
       should_stop: Is asked after every call to the device.
+      epoch_steps: Least steps of an epoch, which passes over the rows several times for it.
+      adaptation: Of the members, but for their numbers.
+      num_source: Rows of the source.
+      num_trained: Rows that an epoch passes over, those of a pooled source among them.
       programs: Compiled programs by what they were compiled for.
       compile_seconds: What they took, as far as no result has reported it.
     """
@@ -106,6 +120,10 @@ class Setup:
     checkpoint_seconds: float
     table_updates: str | Mapping[str, str]
     should_stop: Callable[[], bool]
+    epoch_steps: int | None = None
+    adaptation: Adaptation | None = None
+    num_source: int = 0
+    num_trained: int = 0
     programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
 
@@ -130,6 +148,9 @@ class Setup:
         devices: int | None = None,
         checkpoint_seconds: float = 60.0,
         should_stop: Callable[[], bool] = lambda: False,
+        epoch_steps: int | None = None,
+        adaptation: Adaptation | None = None,
+        source: Encoded | None = None,
     ) -> "Setup":
         """Checks the options and puts the data on the devices. All arguments are those of :func:`mtl_jax.train.fit`."""
         data = dataset.for_training() if isinstance(dataset, Dataset) else dataset
@@ -138,7 +159,15 @@ class Setup:
                        micro_batches=(micro_batches, 1))  # fmt: skip
         check_monitor(monitor, data.schema.tasks)
         where = Devices(parallel, devices)
-        batch_size = min(batch_size, data.train.num_rows)
+        train, num_source = data.train, 0
+        if adaptation is not None:
+            _check_source(adaptation, source, training)
+            if adaptation.needs_rows:
+                weight = adaptation.source_weight
+                train, num_source = concatenated(train, source, 1.0 if weight is None else weight), source.num_rows
+        pooled = adaptation is not None and adaptation.source_weight is not None
+        num_trained = data.train.num_rows + (num_source if pooled else 0)
+        batch_size = min(batch_size, num_trained)
         if micro_batches > batch_size:
             raise ConfigError(
                 f"trainer.micro_batches is {micro_batches} for batches of {batch_size} rows; expected at most one a row. "
@@ -147,15 +176,15 @@ class Setup:
         trivial = metrics.baselines.evaluate_baselines(data, data.valid, names=("global_mean",))["global_mean"]
         return cls(
             data=data,
-            train=where.replicate(as_batch(data.train)),
+            train=where.replicate(as_batch(train)),
             valid=where.replicate(as_batch(data.valid)),
-            stages=stages_of(training, monitor, data.schema.tasks, trivial),
+            stages=stages_of(training, monitor, data.schema.tasks, trivial, adaptation),
             objective=objective,
             options=options,
             epochs=epochs,
             batch_size=batch_size,
             patience=patience,
-            steps_per_call=min(steps_per_call, math.ceil(data.train.num_rows / batch_size)),
+            steps_per_call=min(steps_per_call, max(epoch_steps or 1, math.ceil(num_trained / batch_size))),
             micro_batches=micro_batches,
             precision=precision,
             average=average,
@@ -163,18 +192,53 @@ class Setup:
             checkpoint_seconds=checkpoint_seconds,
             table_updates=table_updates,
             should_stop=should_stop,
+            epoch_steps=epoch_steps,
+            adaptation=adaptation,
+            num_source=num_source,
+            num_trained=num_trained,
         )
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of a step: of the target, and of the source beside it."""
+        return 1 + (self.adaptation.batches_beside if self.adaptation is not None else 0)
 
     def padded_size(self, member: Member) -> int:
         """Rows of a step with its padding, which devices, micro-batches and the batches of a balancer divide."""
         balancer = member.balancer
         parts = self.devices.number * self.micro_batches * balancer.num_batches * balancer.num_parts
-        return math.ceil(self.batch_size / parts) * parts
+        return math.ceil(self.batch_size / parts) * parts * self.num_batches
+
+    def order(self, member: Member, epoch: int) -> np.ndarray:
+        """Row numbers int32[steps, rows] of an epoch; -1 pads. With batches of the source, all take turns row by row.
+
+        A function of the member's seed and the epoch alone, as :func:`mtl_jax.data.batching.epoch_order` is.
+        """
+        beside = self.num_batches - 1
+        passes = math.ceil((self.epoch_steps or 1) / math.ceil(self.num_trained / self.batch_size))
+
+        def passed(rows: int, first: int, number: int) -> np.ndarray:
+            orders = [
+                epoch_order(rows, self.batch_size, seed=member.order_seed, epoch=first + n) for n in range(number)
+            ]
+            return np.concatenate(orders)
+
+        order = passed(self.num_trained, epoch * passes, passes)
+        if not beside:
+            return order
+        needed = len(order) * beside
+        each = math.ceil(self.num_source / self.batch_size)
+        first = epoch * needed // each
+        source = passed(self.num_source, first, math.ceil(needed / each) + 1)
+        skipped = epoch * needed - first * each
+        source = source[skipped : skipped + needed].reshape(len(order), beside, -1)
+        source = np.where(source < 0, -1, source + self.data.train.num_rows)
+        return np.concatenate([order[:, None], source], axis=1).transpose(0, 2, 1).reshape(len(order), -1)
 
     def build(self, member: Member, stage: Stage, model: MultiTaskModel, start: int = 0) -> tuple[Step, TrainState]:
         """The step of a stage, and the state before it, from the values of ``model`` after ``start`` steps."""
         model.link.check_labels(self.data.train.labels, self.data.train.mask)
-        return Step.of(
+        step, state = Step.of(
             model,
             self.data.schema.tasks,
             key=jax.random.key(member.seed),
@@ -189,7 +253,21 @@ class Setup:
             axis=self.devices.axis,
             trainable=stage.trainable,
             start=start,
+            adaptation=member.adaptation,
+            origin=member.origin,
+            batches=self._deployment(member),
         )
+        begins = start == 0 and stage is self.stages[0]
+        return step, step.started(state) if begins else state
+
+    def _deployment(self, member: Member) -> Any:
+        """Batches of the source that the model is deployed with, the same in every epoch."""
+        if self.adaptation is None or (number := self.adaptation.source_batches) == 0:
+            return None
+        size = min(self.batch_size, self.num_source)
+        rows = np.random.Generator(np.random.PCG64([member.order_seed, DEPLOYED])).permutation(self.num_source)
+        rows = np.resize(rows, number * size).reshape(number, size) + self.data.train.num_rows
+        return jax.vmap(lambda rows: take(self.train, rows))(jnp.asarray(rows, jnp.int32))
 
     def program(self, key: Hashable, lower: Callable[[], Any]) -> Any:
         """The compiled program of a key; ``lower`` makes what there is to compile where there is none yet."""
@@ -242,7 +320,7 @@ class Setup:
             metrics={"valid": values},
             support={"valid": support},
             history=position.history,
-            monitor=position.selection(self.stages[0].monitors[0], values),
+            monitor=position.selection(self.stages[0].monitors[0], values, by_task=self.stages[position.stage].by_task),
             timing={
                 "examples_per_second": position.examples / max(position.train_seconds, 1e-9),
                 "compile_seconds": compiling,
@@ -269,6 +347,16 @@ def _table_updates(
         length = getattr(feature, "max_len", 1)
         lookups[feature.vocabulary] = lookups.get(feature.vocabulary, 0) + batch_size * length
     return tables.choose({name: schema.vocabulary(name).size for name in lookups}, lookups, override)
+
+
+def _check_source(adaptation: Adaptation, source: Encoded | None, training: str) -> None:
+    name = type(adaptation).__name__
+    if adaptation.needs_rows and source is None:
+        raise ConfigError(
+            f"transfer '{name}' trains on rows of the source and there are none; expected some. Give source="
+        )
+    if training != "joint":
+        raise ConfigError(f"transfer '{name}' with training={training}; expected joint, since it has stages of its own")
 
 
 def _check_numbers(**bounds: tuple[float, float]) -> None:

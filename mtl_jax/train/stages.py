@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
 from mtl_jax.tasks import Task
+from mtl_jax.train.adaptation import Adaptation
 from mtl_jax.train.monitor import Monitor
 
 TRAININGS = ("joint", "staged")
@@ -32,7 +33,11 @@ class Stage:
 
 
 def stages_of(
-    training: str, monitor: str, tasks: Sequence[Task], trivial: Mapping[str, Mapping[str, float | None]]
+    training: str,
+    monitor: str,
+    tasks: Sequence[Task],
+    trivial: Mapping[str, Mapping[str, float | None]],
+    adaptation: Adaptation | None = None,
 ) -> tuple[Stage, ...]:
     """The stages of a way of training.
 
@@ -44,6 +49,7 @@ def stages_of(
       monitor: Of the joint stage: ``mean_gain`` or ``<task>/<metric>``.
       tasks: The tasks.
       trivial: Metrics of the trivial predictor on validation.
+      adaptation: Its phases are the stages, each selected by the monitor.
 
     Raises:
       ConfigError: Unknown training or monitor.
@@ -51,6 +57,8 @@ def stages_of(
     check_training(training)
     tasks = tuple(tasks)
     joint = Stage(lambda path: True, (Monitor(monitor, tasks, trivial),))
+    if adaptation is not None:
+        return tuple(dataclasses.replace(joint, trainable=trainable) for trainable in adaptation.phases())
     if training == "joint":
         return (joint,)
     own = tuple(Monitor(f"{task.name}/{task.metric}", tasks, trivial) for task in tasks)

@@ -11,8 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.model import MultiTaskModel, label, path_name
 from mtl_jax.nn import State
-
-Params = dict[str, Array]
+from mtl_jax.train.adaptation import Kept, Params
 
 
 class TrainState(NamedTuple):
@@ -29,6 +28,7 @@ class TrainState(NamedTuple):
       balancer: State of the balancer.
       average: Path -> moving average, of the paths in ``params`` and ``tables``; empty without one.
       selected: Path -> best value so far of parameters that are selected task by task; empty elsewhere.
+      kept: What an adaptation reads and no optimizer touches.
       key: Root key of the run; every draw folds in a name and the step.
       live: False once the run met a non-finite loss or gradient; updates stop there.
     """
@@ -43,6 +43,7 @@ class TrainState(NamedTuple):
     balancer: PyTree
     average: dict[str, PyTree]
     selected: Params
+    kept: Kept
     key: PRNGKeyArray
     live: Bool[Array, ""]
 

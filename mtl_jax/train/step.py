@@ -1,6 +1,7 @@
 """The train step: one pure function from (state, batch) to (state, sums)."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing import Balancer
 from mtl_jax.balancing.reuse import reuse
@@ -18,6 +19,7 @@ from mtl_jax.nn import Context, stream
 from mtl_jax.sharing import Link, Strategy
 from mtl_jax.tasks import Task
 from mtl_jax.train import average, tables
+from mtl_jax.train.adaptation import Adaptation, Kept, Origin, SourceLoss, View
 from mtl_jax.train.average import RowAverage
 from mtl_jax.train.direction import diagnostic_names
 from mtl_jax.train.gradients import (
@@ -79,10 +81,12 @@ class Numbers(NamedTuple):
     Attributes:
       balancer: The balancer, a pytree whose leaves are its numbers.
       optimizer: See :meth:`mtl_jax.train.optimizer.Optimizer.numbers`.
+      adaptation: The same as the balancer.
     """
 
     balancer: Balancer
     optimizer: dict[str, Any]
+    adaptation: Adaptation | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,6 +107,7 @@ class Step:
         gradients, Gramian, solvers and optimizer stay in float32.
       average: Decay of a moving average of the parameters, in (0, 1); None keeps none.
       axis: Named axis of devices to sum over (see :class:`mtl_jax.train.parallel.Devices`).
+      adaptation: What training owes to a source; None: nothing.
     """
 
     functional: Functional
@@ -117,6 +122,7 @@ class Step:
     precision: str = "float32"
     average: float | None = None
     axis: str | None = None
+    adaptation: Adaptation | None = None
 
     def __post_init__(self):
         check_numerics(self.precision, self.average)
@@ -139,6 +145,9 @@ class Step:
         axis: str | None = None,
         trainable: Callable[[str], bool] = lambda path: True,
         start: int = 0,
+        adaptation: Adaptation | None = None,
+        origin: Origin | None = None,
+        batches: PyTree = None,
     ) -> tuple["Step", TrainState]:
         """The step of a model and the state before the first one.
 
@@ -157,6 +166,9 @@ class Step:
           axis: As in the class.
           trainable: Whether a parameter, named by its path, is trained; the others are not even differentiated.
           start: Number of updates that lie behind the model's values.
+          adaptation: As in the class.
+          origin: What of the model's values came from a source.
+          batches: Batches of the source that the model is deployed with, stacked, for an adaptation that has any.
 
         Raises:
           ConfigError: The tasks are not the model's, or the balancer cannot work with this model.
@@ -170,8 +182,16 @@ class Step:
         rest |= {path: array for path, array in params.items() if not trainable(path)}
         params = {path: array for path, array in params.items() if trainable(path)}
         optimizer.check_names([*params, *rest])
+        kept: dict[str, Params] = {}
+        of_model = params
+        if adaptation is not None:
+            adaptation = adaptation.simplified()
+            check_adaptation(adaptation, functional, axis)
+            if rates := adaptation.rates(params):
+                optimizer = dataclasses.replace(optimizer, rate_scale=optimizer.rate_scale | rates)
+            params, kept = adaptation.init(params, origin or {}, stream(key, "transfer"))
         balancer = balancer.for_tasks(tasks)
-        check_scope(params, balancer, options, micro_batches)
+        check_scope(of_model, balancer, options, micro_batches)
         if functional.state_paths and (micro_batches > 1 or acts_on_units(balancer, options)):
             which = f"balancing '{type(balancer).__name__}' at scope 'representation'"
             which = f"trainer.micro_batches={micro_batches}" if micro_batches > 1 else which
@@ -191,7 +211,7 @@ class Step:
         sparse = {name: sparse[name] for name in sparse if name in map(_vocabulary, by_rows)}
         step = cls(
             functional, tuple(tasks), objective, balancer, options, optimizer, sparse, model.link,
-            micro_batches=micro_batches, precision=precision, average=average, axis=axis,
+            micro_batches=micro_batches, precision=precision, average=average, axis=axis, adaptation=adaptation,
         )  # fmt: skip
         rows = {path: params[path] for path in sorted(by_rows)}
         sizes = {_vocabulary(path): array.shape[0] for path, array in rows.items()}
@@ -203,11 +223,12 @@ class Step:
             tables=rows,
             row_opt={path: optimizer.rows(path).init(array) for path, array in rows.items()},
             slots={name: jnp.zeros(size, jnp.int32) for name, size in sizes.items()},
-            balancer=balancer.init(len(tasks), scope_template(whole, options.scope)),
-            average={}
-            if average is None
-            else jax.tree.map(jnp.copy, whole) | {path: RowAverage.of(array, start) for path, array in rows.items()},
+            balancer=balancer.init(
+                len(tasks), scope_template({p: a for p, a in of_model.items() if p not in by_rows}, options.scope)
+            ),
+            average=_first_average(whole, rows, start) if average else {},
             selected={},
+            kept=Kept(kept, batches),
             key=key,
             live=jnp.array(True),
         )
@@ -216,12 +237,16 @@ class Step:
     def numbers(self) -> "Numbers":
         """The numeric hyperparameters as arrays, which a compiled program takes as an argument."""
         # 1 and 1.0 are one number: the type must not tell programs apart
-        return jax.tree.map(lambda number: jnp.asarray(number, float), Numbers(self.balancer, self.optimizer.numbers()))
+        numbers = Numbers(self.balancer, self.optimizer.numbers(), self.adaptation)
+        return jax.tree.map(lambda number: jnp.asarray(number, float), numbers)
 
     def with_numbers(self, numbers: "Numbers") -> "Step":
         """The same step with other numbers."""
         return dataclasses.replace(
-            self, balancer=numbers.balancer, optimizer=self.optimizer.with_numbers(numbers.optimizer)
+            self,
+            balancer=numbers.balancer,
+            optimizer=self.optimizer.with_numbers(numbers.optimizer),
+            adaptation=numbers.adaptation,
         )
 
     def program(self) -> tuple:
@@ -230,20 +255,26 @@ class Step:
         return (
             self.functional, self.tasks, self.objective, type(self.balancer), jax.tree.structure(self.numbers()),
             self.options, self.optimizer.program(), sparse, self.micro_batches, self.precision, self.average, self.axis,
+            # the class and static fields of the adaptation are in the structure of the numbers
         )  # fmt: skip
 
     def __call__(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Sums]:
         """One update. After a non-finite step (``nonfinite="raise"``) nothing changes any more and nothing is counted."""
         key = jax.random.fold_in(state.key, state.step)
-        inputs = self.functional.merge(state.params, state.tables, state.rest).inputs(batch)
+        inputs = self.model_of(state).inputs(batch)
         slots, compacted = dict(state.slots), {}
         for name, features in self.sparse.items():
             inputs, slots[name], compacted[name] = tables.renumber(inputs, features, slots[name], self.axis)
         rows = {path: table[compacted[_vocabulary(path)].ids] for path, table in state.tables.items()}
         before = state.params | rows
-        problem = self._problem(before, state, inputs, batch, key)
-        balanced = self._balance(before, state, problem, key)
-        gradients, norm = clip(balanced.gradients, self.optimizer.clip_norm)
+        forward, penalty, inputs, batch = self._adaptation(state, inputs, batch, compacted, key)
+        adapted, pull = (before, None) if forward is None else jax.vjp(forward, before)
+        problem = self._problem(adapted, state, inputs, batch, key)
+        balanced = self._balance(adapted, state, problem, key)
+        gradients = balanced.gradients if pull is None else pull(balanced.gradients)[0]
+        if penalty is not None:
+            gradients = jax.tree.map(jnp.add, gradients, penalty(before))
+        gradients, norm = clip(gradients, self.optimizer.clip_norm)
         finite = ~balanced.info["nonfinite"] & jnp.isfinite(norm)
         update = state.live & finite
         proceed = state.live if self.objective.nonfinite == "skip" else update
@@ -268,6 +299,7 @@ class Step:
         balancer_state = balanced.state
         if self.balancer.observes:
             after = params | {path: table[compacted[_vocabulary(path)].ids] for path, table in new_tables.items()}
+            after = after if forward is None else forward(after)
             rows = {name: part for name, part in problem.rows.items() if name != "sample"}
             losses = task_losses(problem.common, problem.heads, after, **rows, axis=self.axis)
             active = (losses.denominator > 0) & update
@@ -288,12 +320,96 @@ class Step:
 
     def evaluated(self, state: TrainState) -> Params:
         """All arrays as they are evaluated and selected: the average of the parameters where there is one."""
-        arrays = state.params | state.tables | state.rest
+        arrays = state.params | state.tables
         for path, kept in state.average.items():
             if isinstance(kept, RowAverage):
                 kept = average.forward(kept.rows, kept.seen, state.tables[path], state.step, self.average)
             arrays[path] = kept
-        return arrays
+        if self.adaptation is not None and self.adaptation.adapts:
+            arrays = _deployed(self, self.numbers(), state._replace(params=arrays, tables={}))
+        return arrays | state.rest
+
+    def started(self, state: TrainState) -> TrainState:
+        """The state that training begins with: moved once by an adaptation that does so."""
+        if self.adaptation is None or not self.adaptation.starts:
+            return state
+        moved = _deployed(self, self.numbers(), state._replace(params=state.params | state.tables, tables={}))
+        params, rows = ({path: moved[path] for path in part} for part in (state.params, state.tables))
+        kept = state.kept._replace(batches=None)
+        average = _first_average(params, rows, state.step) if self.average else {}
+        return state._replace(params=params, tables=rows, kept=kept, average=average)
+
+    def model_of(self, state: TrainState) -> MultiTaskModel:
+        """The module, for what it does apart from the values of its arrays."""
+        arrays = state.params | state.tables
+        if self.adaptation is not None and self.adaptation.adapts and not self.adaptation.source_batches:
+            arrays = self.adaptation.adapt(arrays, state.kept.arrays, None, None)
+        return self.functional.merge({p: a for p, a in arrays.items() if p in self.functional.paths}, state.rest)
+
+    def _adaptation(
+        self, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], compacted: Mapping[str, tables.Compact], key
+    ) -> "_Adapted":
+        """How the model's parameters follow from the trained ones in this step, and the rows of the target in it.
+
+        A batch has a row of the target and one of each source batch in turn, so that wherever it is cut all have their
+        share.
+        """
+        adaptation = self.adaptation
+        if adaptation is None:
+            return _Adapted(None, None, inputs, batch)
+        batches = None
+        if number := adaptation.batches_beside:
+            inputs, batch = jax.tree.map(lambda column: _by_turn(column, number + 1), (inputs, dict(batch)))
+            batches = *jax.tree.map(lambda column: column[1:], (inputs, batch)), _keys(key, number)
+            inputs, batch = jax.tree.map(lambda column: column[0], (inputs, batch))
+        rows = {path: compacted[_vocabulary(path)].ids for path in state.tables}
+        kept = {
+            name: {path: array[rows[path]] if path in rows else array for path, array in arrays.items()}
+            for name, arrays in state.kept.arrays.items()
+        }
+
+        def forward(params):
+            return adaptation.adapt(params, kept, self._source_loss(state, key), batches)
+
+        def penalty(params):  # of each touched row once, though it may be in several places
+            gradient = jax.grad(adaptation.penalty)(params, kept, self._view(state, inputs, batch, key, batches))
+            for path, table in state.tables.items():
+                touched = compacted[_vocabulary(path)].touched < table.shape[0]
+                gradient[path] = jnp.where(touched[:, None], gradient[path], 0)
+            return gradient
+
+        return _Adapted(
+            forward if adaptation.adapts else None, penalty if adaptation.penalises else None, inputs, batch
+        )
+
+    def _view(self, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], key, batches: PyTree) -> View:
+        """Of the rows of a step, for a penalty."""
+
+        def model_and_cut(params, train):
+            model = self.functional.merge(self._in_precision(params), self._in_precision(state.rest))
+            context = Context(train=train, step=state.step, domain=inputs.domain, rngs=stream(key, "transfer/view"))
+            return model, model.common(inputs, context), context
+
+        def outputs(params, train):
+            model, cut, context = model_and_cut(params, train)
+            return {task.name: model.head(task.name, cut, context) for task in self.tasks}
+
+        def features(params, train):
+            model, cut, _ = model_and_cut(params, train)
+            return model.features_of(cut)
+
+        return View(self.tasks, batch["weight"], outputs, features, self._source_loss(state, key), batches)
+
+    def _source_loss(self, state: TrainState, key, train: bool = True) -> SourceLoss:
+        """The sum of the tasks' losses on ``(inputs, batch, key)`` of the source."""
+
+        def loss(params, rows):
+            inputs, batch, own = rows
+            problem = self._problem(params, state, inputs, batch, key, train)
+            part = _Part(inputs, batch, own, self._denominators(batch))
+            return jnp.sum(task_losses(problem.common, problem.heads, params, part=part).loss)
+
+        return loss
 
     def _average(self, state: TrainState, params, new_tables, compacted, update, proceed):
         step = state.step + 1
@@ -310,7 +426,9 @@ class Step:
         """The state once an epoch has ended, for methods that wait for it."""
         return state._replace(balancer=self.balancer.end_epoch(state.balancer)) if self.balancer.by_epoch else state
 
-    def _problem(self, params: Params, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], key) -> "_Problem":
+    def _problem(
+        self, params: Params, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], key, train: bool = True
+    ) -> "_Problem":
         """The losses of this step as functions of the parameters and of rows."""
 
         def merged(replaced):
@@ -318,7 +436,7 @@ class Step:
 
         def context(part):
             keys = {"rngs": stream(part.key, "model"), "step_rngs": stream(key, "model")}
-            return Context(train=True, step=state.step, axis=self.axis, domain=part.inputs.domain, **keys)
+            return Context(train=train, step=state.step, axis=self.axis, domain=part.inputs.domain, **keys)
 
         def common(below, part):
             return merged(below).common(part.inputs, context(part))
@@ -401,10 +519,8 @@ class Step:
             some, labels = jax.tree.map(lambda column: column[::stride], (inputs, dict(batch)))
             return {"part": part, "sample": _Part(some, labels, key, self._denominators(labels))}
 
-        def cut(column):  # every n-th row, so that rows which lie on one device stay there
-            return jnp.moveaxis(column.reshape(column.shape[0] // number, number, *column.shape[1:]), 1, 0)
-
-        parts, labels = jax.tree.map(cut, (inputs, dict(batch)))
+        # every n-th row, so that rows which lie on one device stay there
+        parts, labels = jax.tree.map(lambda column: _by_turn(column, number), (inputs, dict(batch)))
         if self.balancer.num_batches == 1:
             denominators = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (number,)), self._denominators(batch))
         else:
@@ -474,6 +590,21 @@ class Step:
         )
 
 
+def check_adaptation(adaptation: Adaptation, functional: Functional, axis: str | None) -> None:
+    """Raises a ConfigError for a model or devices that an adaptation cannot work with."""
+    if adaptation.source_batches and functional.state_paths:
+        raise ConfigError(
+            f"transfer '{type(adaptation).__name__}' takes gradient steps inside of a step, and this sharing keeps "
+            "statistics of whole batches, which would mix source and target; expected layers without them. Choose "
+            "another sharing"
+        )
+    if adaptation.source_batches and axis is not None:
+        raise ConfigError(
+            f"transfer '{type(adaptation).__name__}' with parallel=pmap; expected parallel=jit, which spreads the rows of "
+            "its inner steps. Change it"
+        )
+
+
 def check_numerics(precision: str, average: float | None) -> None:
     """Raises a ConfigError for an unknown precision, or a decay outside of (0, 1)."""
     if precision not in PRECISIONS:
@@ -502,5 +633,40 @@ class _Problem(NamedTuple):
     rows: dict[str, _Part]
 
 
+class _Adapted(NamedTuple):
+    """From the trained parameters to those of the model, and to the gradient of a penalty (None: there is none), and the
+    rows of the target."""
+
+    forward: Callable[[Params], Params] | None
+    penalty: Callable[[Params], Params] | None
+    inputs: Inputs
+    batch: Mapping[str, Any]
+
+
 def _vocabulary(path: str) -> str:
     return path.split("/")[-2]
+
+
+def _first_average(params: Params, rows: Params, start: Any) -> dict[str, Any]:
+    """Of parameters that have not been trained."""
+    return jax.tree.map(jnp.copy, params) | {path: RowAverage.of(array, start) for path, array in rows.items()}
+
+
+def _by_turn(column: Array, number: int) -> Array:
+    """[number, rows / number, ...]: row i goes to batch i mod number."""
+    return jnp.moveaxis(column.reshape(column.shape[0] // number, number, *column.shape[1:]), 1, 0)
+
+
+def _keys(key: PRNGKeyArray, number: int) -> PRNGKeyArray:
+    return jax.random.split(stream(key, "transfer"), number)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _deployed(step: Step, numbers: Numbers, state: TrainState) -> Params:
+    """The model's parameters from the trained ones, tables included; draws and source batches are always the same."""
+    step, batches = step.with_numbers(numbers), state.kept.batches
+    adaptation, loss = step.adaptation, step._source_loss(state, state.key, False)
+    if batches is not None:
+        model = step.model_of(state)
+        batches = jax.vmap(model.inputs)(batches), batches, _keys(state.key, adaptation.source_batches)
+    return adaptation.adapt(state.params, state.kept.arrays, loss, batches)

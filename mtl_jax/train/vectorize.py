@@ -128,7 +128,8 @@ def plan_axis(setup: Setup, members: Sequence[Member], *, axis: str = "auto", ch
             "vectorize.axis is 'vmap' with parallel=pmap, which gives the devices to the rows of one run; expected "
             "parallel=jit, where the devices share the runs. Change one of them"
         )
-    if axis == "map" or len(members) == 1 or setup.devices.axis is not None:
+    untrained = setup.adaptation is not None and not setup.adaptation.trains
+    if axis == "map" or len(members) == 1 or setup.devices.axis is not None or untrained:
         return Plan("map", 1)
     if axis == "vmap":
         return _together(setup, members, chunk)

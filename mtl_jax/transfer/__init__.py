@@ -1,6 +1,44 @@
-"""From a source to a target: what is handed on, and updates of parameters, each a pure function."""
+"""From a source to a target: what is handed on, ways to train with it, and updates of parameters as pure functions."""
 
-from mtl_jax.transfer.gradient import gradient_transfer, gradient_update
+from mtl_jax.transfer.bitfit import BitFit
+from mtl_jax.transfer.bss import BSS
+from mtl_jax.transfer.discriminative_lr import DiscriminativeLR
+from mtl_jax.transfer.distill import Distill
+from mtl_jax.transfer.feature_distill import FeatureDistill
+from mtl_jax.transfer.fine_tune import FineTune
+from mtl_jax.transfer.gradient import gradient_transfer, gradient_update, implicit_update
+from mtl_jax.transfer.gradient_in_step import GradientTransfer
+from mtl_jax.transfer.l2_sp import L2SP
+from mtl_jax.transfer.linear_map import LinearMap
+from mtl_jax.transfer.linear_probe import LinearProbe
 from mtl_jax.transfer.loading import Artefact, Coverage, Loading, load
+from mtl_jax.transfer.lora import LoRA
+from mtl_jax.transfer.nonlinear_map import NonlinearMap
+from mtl_jax.transfer.pooled import Pooled
+from mtl_jax.transfer.scratch import Scratch
+from mtl_jax.transfer.zero_shot import ZeroShot
 
-__all__ = ["Artefact", "Coverage", "Loading", "gradient_transfer", "gradient_update", "load"]
+__all__ = [
+    "BSS",
+    "L2SP",
+    "Artefact",
+    "BitFit",
+    "Coverage",
+    "DiscriminativeLR",
+    "Distill",
+    "FeatureDistill",
+    "FineTune",
+    "GradientTransfer",
+    "LinearMap",
+    "LinearProbe",
+    "LoRA",
+    "Loading",
+    "NonlinearMap",
+    "Pooled",
+    "Scratch",
+    "ZeroShot",
+    "gradient_transfer",
+    "gradient_update",
+    "implicit_update",
+    "load",
+]

@@ -172,12 +172,13 @@ def gradient_transfer(
         options = {"step_size": step_size, "sign": sign, "num_steps": num_steps, "mask": mask}
         return gradient_update(source_loss, **options, batches=source_batches, first_order=first_order)
 
+    fitted = None
+    if mode == "implicit":
+        options = {"step_size": step_size, "num_steps": num_steps, "proximal": proximal, "num_cg_steps": num_cg_steps}
+        fitted = implicit_update(source_loss, **options, mask=mask, batches=source_batches)
     if mode == "update":
         adapted = updated()(params)
         return target_loss(adapted), None, adapted
-    if mode == "implicit":
-        options = {"step_size": step_size, "num_steps": num_steps, "num_cg_steps": num_cg_steps}
-        return _implicit(source_loss, source, target_loss, params, proximal, mask, source_batches, **options)
     if mode == "joint":
 
         def objective(pair):
@@ -188,7 +189,7 @@ def gradient_transfer(
     else:
 
         def objective(params):
-            adapted = updated(mode == "first_order")(params)
+            adapted = fitted(params) if mode == "implicit" else updated(mode == "first_order")(params)
             value = target_loss(adapted)
             return value if _is_zero(source_weight) else value + source_weight * source(params), adapted
 
@@ -196,36 +197,71 @@ def gradient_transfer(
     return value, gradient, adapted
 
 
-def _implicit(source_loss, source, target_loss, params, proximal, mask, batches, *, step_size, num_steps, num_cg_steps):
-    """Of the minimum phi: with v solving (H + proximal I) v = grad L_t on the masked block, proximal v is the gradient
-    there, and what is not in the mask loses the part of grad L_t that the minimum makes up for."""
-    start, fixed, rebuild = _split(params, mask)
+def implicit_update(
+    loss: Loss,
+    *,
+    step_size: float | Float[Array, ""],
+    num_steps: int = 16,
+    proximal: float | Float[Array, ""] = 1.0,
+    mask: PyTree[bool] | None = None,
+    batches: PyTree[Float[Array, "step ..."]] | None = None,
+    num_cg_steps: int = 20,
+) -> Callable[[PyTree], PyTree]:
+    r"""The map from parameters to the minimum of a loss near them.
 
-    def proximity(params):
-        moved, _, _ = _split(params, mask)
-        return proximal / 2 * sum(jnp.sum(jnp.square(m - s)) for m, s in zip(moved, start, strict=True))
+    .. math:: \phi(\theta) = \arg\min_\phi \ell(\phi) + \frac{\lambda}{2} \| \phi - \theta \|^2
 
-    def inner(params, *batch):
-        return source_loss(params, *batch) + proximity(params)
+    It is found by gradient descent from :math:`\theta`, and differentiated as the minimum that it is meant to be: by
+    conjugate gradients with :math:`H + \lambda I`, whatever the steps were. What lies outside of the mask moves the minimum
+    as well, and gets that part of the gradient too.
 
-    descend = gradient_update(inner, step_size=step_size, num_steps=num_steps, mask=mask, batches=batches)
-    fitted = jax.lax.stop_gradient(descend(params))
-    value, gradient = jax.value_and_grad(target_loss)(fitted)
-    of_moved, of_fixed, _ = _split(gradient, mask)
+    Args:
+      loss: As for :func:`gradient_update`; with batches the minimum is that of the mean over them.
+      step_size: Of the descent.
+      num_steps: Of the descent; 16 are usual.
+      proximal: :math:`\lambda > 0`.
+      mask: Leaves that are fitted.
+      batches: One for each step, stacked.
+      num_cg_steps: Most iterations of the conjugate gradients.
 
-    def curvature(vector):
-        """H of the source loss times a direction of the mask: the entries in the mask, and the others."""
-        direction = rebuild(vector, [jnp.zeros_like(leaf) for leaf in fixed])
-        product = jax.jvp(jax.grad(source), (fitted,), (direction,))[1]
-        return _split(product, mask)[:2]
+    Raises:
+      ConfigError: An option is out of its range.
 
-    def matrix(vector):
-        return [h + proximal * v for h, v in zip(curvature(vector)[0], vector, strict=True)]
+    References:
+      Rajeswaran, Finn, Kakade, Levine, *Meta-Learning with Implicit Gradients*, NeurIPS 2019.
+    """
+    _check_step(step_size, -1, num_steps)
+    _check_proximal(proximal, num_cg_steps)
 
-    tolerance = 10 * float(jnp.finfo(jnp.result_type(*of_moved)).eps)
-    solution, _ = cg(matrix, of_moved, tol=tolerance, maxiter=num_cg_steps)
-    outside = [g - h for g, h in zip(of_fixed, curvature(solution)[1], strict=True)]
-    return value, rebuild([proximal * v for v in solution], outside), fitted
+    def mean(params):
+        if batches is None:
+            return loss(params)
+        return jnp.mean(jax.vmap(lambda batch: loss(params, batch))(batches))
+
+    def update(params: PyTree) -> PyTree:
+        start, fixed, rebuild = _split(params, mask)
+
+        def inner(params, *batch):
+            moved, _, _ = _split(params, mask)
+            near = sum(jnp.sum(jnp.square(m - jax.lax.stop_gradient(s))) for m, s in zip(moved, start, strict=True))
+            return loss(params, *batch) + proximal / 2 * near
+
+        descend = gradient_update(inner, step_size=step_size, num_steps=num_steps, mask=mask, batches=batches)
+        fitted = _split(jax.lax.stop_gradient(descend(params)), mask)[0]
+        slope = jax.grad(lambda moved, fixed: mean(rebuild(moved, fixed)))
+
+        def matrix(vector):
+            product = jax.jvp(lambda moved: slope(moved, jax.lax.stop_gradient(fixed)), (fitted,), (vector,))[1]
+            return [h + proximal * v for h, v in zip(product, vector, strict=True)]
+
+        # What holds at the minimum: slope + proximal (phi - theta) = 0. Its value is left out and its derivative kept.
+        held = [g - proximal * s for g, s in zip(slope(fitted, fixed), start, strict=True)]
+        right = [jax.lax.stop_gradient(h) - h for h in held]
+        tolerance = 10 * float(jnp.finfo(jnp.result_type(*fitted)).eps)
+        moves, _ = cg(matrix, right, tol=tolerance, maxiter=num_cg_steps)
+        return rebuild([f + m for f, m in zip(fitted, moves, strict=True)], fixed)
+
+    return update
 
 
 def _split(params: PyTree, mask: PyTree[bool] | None) -> tuple[list[Array], list[Array], Callable[..., PyTree]]:
@@ -270,7 +306,13 @@ def _check_mode(mode, sign, source_weight, proximal, num_cg_steps) -> None:
             f"mode '{mode}' has source_weight {shown(source_weight)}; expected 0, since its objective has no such term. "
             "Leave it out, or use mode 'constrained'"
         )
-    if mode == "implicit" and _is_number(proximal) and not (0 < proximal < math.inf):
+    if mode == "implicit":
+        _check_proximal(proximal, num_cg_steps)
+    check_count(num_cg_steps, "num_cg_steps")
+
+
+def _check_proximal(proximal, num_cg_steps) -> None:
+    if _is_number(proximal) and not (0 < proximal < math.inf):
         raise ConfigError(f"proximal is {proximal!r}; expected a number > 0. Change it")
     check_count(num_cg_steps, "num_cg_steps")
 

@@ -152,6 +152,7 @@ class Loading:
       reinitialised: Target paths that keep their own values.
       dropped: Source paths that nothing has taken.
       coverage: Target path of a table -> :class:`Coverage`.
+      origin: Target path -> True, or bool[V] for the rows of a table: what came from the source.
       rescaled: Numeric features and tasks that the two data sets standardise differently: the same price is another
         number, and the same output another price.
     """
@@ -161,6 +162,7 @@ class Loading:
     reinitialised: tuple[str, ...]
     dropped: tuple[str, ...]
     coverage: dict[str, Coverage]
+    origin: dict[str, Any]
     rescaled: tuple[str, ...]
 
 
@@ -213,13 +215,15 @@ def load(
     functional, params, rest = Functional.of(model)
     own = _trained(functional, params, rest)
     pairs, dropped, kept, wrong = _matched(artefact, own, schema, map, drop, reinit)
-    loaded, coverage = {}, {}
+    loaded, coverage, origin = {}, {}, {}
     for target, source in pairs.items():
         try:
             if is_table(target) and is_table(source):
-                loaded[target], coverage[target] = _rows(own[target], target, schema, artefact, source, new_rows)
+                loaded[target], origin[target], left = _rows(own[target], target, schema, artefact, source, new_rows)
+                known = int(origin[target][FIRST:].sum())
+                coverage[target] = Coverage(known, len(origin[target]) - FIRST - known, left)
             else:
-                loaded[target] = _array(own[target], artefact.arrays[source])
+                loaded[target], origin[target] = _array(own[target], artefact.arrays[source]), True
         except ConfigError as error:
             wrong.append(f"{source} -> {target}: {error}")
     wrong += _other_inputs(pairs, schema, artefact.schema)
@@ -231,7 +235,7 @@ def load(
             "out (drop), and what keeps its own values (reinit)"
         )
     merged = functional.merge(params | rest | {path: jnp.asarray(array) for path, array in loaded.items()})
-    return Loading(merged, pairs, tuple(kept), tuple(dropped), coverage, _rescaled(schema, artefact.schema))
+    return Loading(merged, pairs, tuple(kept), tuple(dropped), coverage, origin, _rescaled(schema, artefact.schema))
 
 
 def _trained(functional: Functional, params: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,8 +326,8 @@ def _array(own: Any, array: np.ndarray) -> np.ndarray:
 
 def _rows(
     own: Any, target: str, schema: Schema, artefact: Artefact, source: str, new_rows: str
-) -> tuple[np.ndarray, Coverage]:
-    """The rows of a table, by the values of ids."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The rows of a table by the values of ids, which of them are the source's, and how many of its ids have no place."""
     rows = artefact.arrays[source]
     ours, theirs = (one.vocabulary(path.split("/")[-2]) for one, path in ((schema, target), (artefact.schema, source)))
     if rows.shape[1:] != own.shape[1:] or rows.dtype != own.dtype:
@@ -336,7 +340,7 @@ def _rows(
                 f"ids of the source have {theirs.hash_buckets or 'no'} hash buckets, of the target "
                 f"{ours.hash_buckets or 'none'}; rows go by ids, or by buckets of one number"
             )
-        return _array(own, rows), Coverage(ours.hash_buckets, 0, 0)
+        return _array(own, rows), np.ones(len(rows), bool), 0
     place = _places(theirs)
     found = [place.get(value, -1) for value in _places(ours)]
     known = np.array(found, int) >= 0
@@ -345,7 +349,7 @@ def _rows(
     filled[FIRST:][known] = rows[np.array(found, int)[known]]
     if new_rows != "fresh":
         filled[FIRST:][~known] = rows[UNKNOWN] if new_rows == "unk" else rows[FIRST:].mean(axis=0)
-    return filled, Coverage(int(known.sum()), int((~known).sum()), len(place) - int(known.sum()))
+    return filled, np.concatenate([np.ones(FIRST, bool), known]), len(place) - int(known.sum())
 
 
 def _places(vocabulary: Vocabulary) -> dict[str, int]:

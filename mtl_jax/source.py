@@ -1,0 +1,174 @@
+"""Source and target of a configuration: which rows they have, the run that trains the source, and what it hands over."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mtl_jax import metrics
+from mtl_jax.arguments import shown
+from mtl_jax.config import build
+from mtl_jax.data.dataset import Dataset, Encoded
+from mtl_jax.data.domains import of_domains
+from mtl_jax.data.encode import encode
+from mtl_jax.data.reduction import Reduction
+from mtl_jax.errors import ConfigError
+from mtl_jax.model import MultiTaskModel
+from mtl_jax.train.adaptation import Adaptation, Origin
+from mtl_jax.train.result import Result
+from mtl_jax.transfer.select import SELECTS
+
+LOADING = {"map": None, "drop": [], "reinit": [], "new_rows": "fresh"}
+"""Options of loading, with their defaults."""
+WHOLE = {"target_fraction": 1.0, "valid_fraction": None}
+SCRATCH = {"_target_": "mtl_jax.transfer.Scratch"}
+
+
+def domains_of(given: Any) -> list[str]:
+    """Names of domains, from one name, a list of them, or null."""
+    return [] if given is None else [given] if isinstance(given, str) else list(given)
+
+
+def check_transfer(config: Mapping[str, Any]) -> None:
+    """Raises a ConfigError for a source, a target or a way of loading that no run can have."""
+    for key in ("source", "target"):
+        names = config[key]
+        whole = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+        if names is not None and not isinstance(names, str) and not (whole and len(set(names)) == len(names)):
+            raise ConfigError(
+                f"{key} is {shown(names)}; expected a domain, a list of different ones, or null. Change it"
+            )
+    if config["select"] not in SELECTS:
+        raise ConfigError(f"select is {shown(config['select'])}; expected one of {list(SELECTS)}. Change it")
+    node = config["loading"]
+    if not isinstance(node, Mapping) or set(node) != set(LOADING):
+        raise ConfigError(f"loading is {shown(node)}; expected a mapping with {list(LOADING)}. Change it")
+    adaptation = adaptation_of(config)
+    needs = adaptation.needs_source or adaptation.needs_rows
+    if needs and (config["source"] is None or config["target"] is None):
+        absent = [key for key in ("source", "target") if config[key] is None]
+        raise ConfigError(
+            f"transfer '{type(adaptation).__name__}' takes over from a source, and {' and '.join(absent)} "
+            f"{'is' if len(absent) == 1 else 'are'} null; expected domains of the data. Set "
+            f"{' '.join(f'{key}=...' for key in absent)}, or transfer=scratch"
+        )
+    both = set(domains_of(config["source"])) & set(domains_of(config["target"]))
+    if needs and both:
+        raise ConfigError(f"{sorted(both)} are source and target; expected different domains. Change one of them")
+    if config["target"] is not None and config["training"] != "joint":
+        raise ConfigError(f"target with training={config['training']}; expected joint. transfer has stages of its own")
+    if config["target"] is not None and config["folds"] is not None:
+        raise ConfigError("target with folds; expected null. Repeat runs by seeds= of experiments.ablate")
+
+
+def adaptation_of(config: Mapping[str, Any]) -> Adaptation:
+    """What ``transfer`` describes."""
+    made = build(config["transfer"], allow=config["allow"], place="transfer")
+    if not isinstance(made, Adaptation):
+        raise ConfigError(
+            f"transfer has _target_ {shown(config['transfer']['_target_'])}, which makes a {type(made).__name__}; expected "
+            "an Adaptation. Choose one of conf/transfer"
+        )
+    return made
+
+
+def source_config(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The run that trains the source: the same one, from scratch, on the source's domains and on all of their rows."""
+    alone = {"transfer": SCRATCH, "source": None, "target": sorted(names), "select": "given", "loading": LOADING}
+    return dict(config) | {"data": whole_data(config["data"])} | alone
+
+
+def target_of(whole: Dataset, config: Mapping[str, Any]) -> Dataset:
+    """The target's rows, with the share of them that the configuration keeps."""
+    node = config["data"]
+    reduction = Reduction.of(node.get("target_fraction", 1.0), node.get("valid_fraction"))
+    return of_domains(whole, domains_of(config["target"]), reduction=reduction)
+
+
+def whole_data(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node of the data with all of their rows."""
+    return dict(node) | {key: value for key, value in WHOLE.items() if key in node}
+
+
+@dataclasses.dataclass(frozen=True)
+class Handover:
+    """What a target's run begins with.
+
+    Attributes:
+      dataset: The target's, encoded as a continuation of the source's where there is one.
+      model: With the source's values where it has them.
+      adaptation: How it is trained.
+      origin: What came from the source; None where nothing is loaded.
+      source: Data of the source; None where there is none.
+      record: Of the run that trained the source; None where nothing is loaded.
+      stages: What was done before the target is trained, for the record.
+    """
+
+    dataset: Dataset
+    model: MultiTaskModel
+    adaptation: Adaptation
+    origin: Origin | None = None
+    source: Dataset | None = None
+    record: Mapping[str, Any] | None = None
+    stages: tuple[dict[str, Any], ...] = ()
+
+    def rows(self, part: str) -> Encoded:
+        """A part of the source as the target's model reads it."""
+        return encode(self.source.part(part), self.dataset.schema)
+
+    def for_setup(self) -> dict[str, Any]:
+        """What runs that differ in seeds and numbers have in common."""
+        return {"adaptation": self.adaptation, "source": self.rows("train") if self.adaptation.needs_rows else None}
+
+    def for_fit(self) -> dict[str, Any]:
+        """Arguments of :func:`mtl_jax.train.fit`."""
+        return self.for_setup() | {"origin": self.origin}
+
+    def evaluated(self, result: Result) -> dict[str, Any]:
+        """For the record: the stages, and what the source's validation part says of the trained model.
+
+        ``forgetting`` is by how much a task's metric got worse there, since the source was trained.
+        """
+        parent = self.stages[-1]["parent_hash"] if self.stages else None
+        timing = result.timing
+        trained = stage(type(self.adaptation).__name__, parent, steps=timing["steps"], seconds=timing["wall_seconds"])
+        found = {"stages": [*self.stages, trained], "source_slices": {}, "transfer": {"reference": None}}
+        if self.source is None:
+            return found
+        rows, tasks = self.rows("valid"), self.dataset.schema.tasks
+        values, _ = metrics.evaluate(tasks, result.predict(rows), rows)
+        found["source_slices"] = {"source": {"valid": values}}
+        if self.record is not None:
+            before = self.record["metrics"]["valid"]
+            found["transfer"]["forgetting"] = {
+                task.name: _worse(before.get(task.name, {}).get(task.metric), values[task.name][task.metric], task)
+                for task in tasks
+            }
+        return found
+
+
+def stage(
+    name: str,
+    parent: str | None = None,
+    *,
+    artefact: str | None = None,
+    report: Any = None,
+    needs: Any = None,
+    steps: int | None = None,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """One stage of a run, for its record."""
+    return {
+        "name": name,
+        "parent_hash": parent,
+        "artefact_hash": artefact,
+        "loading_report": report,
+        "needs": needs,
+        "steps": steps,
+        "wall_seconds": seconds,
+    }
+
+
+def _worse(before: float | None, after: float | None, task: Any) -> float | None:
+    if before is None or after is None:
+        return None
+    return before - after if task.higher_is_better else after - before

@@ -1,0 +1,144 @@
+"""Adaptation: what training owes to a source. The base owes nothing but the initial values: plain (fine-)tuning."""
+
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from mtl_jax.tasks import Task
+
+Params = dict[str, Array]
+SourceLoss = Callable[[Params, PyTree], Float[Array, ""]]
+"""(parameters of the model, one batch of the source) -> the sum of its tasks' losses."""
+Origin = Mapping[str, Any]
+"""Path -> True, or bool[V] for a table's rows: what came from a source. Absent paths did not."""
+
+
+class Kept(NamedTuple):
+    """What an adaptation reads and no optimizer touches; part of the train state.
+
+    Attributes:
+      arrays: Name -> path -> array: anchors, frozen parameters. Arrays of a table's path lead with its rows.
+      batches: Batches of the source that the model is deployed with, stacked; None where it needs none.
+    """
+
+    arrays: dict[str, Params]
+    batches: PyTree = None
+
+
+class View(NamedTuple):
+    """What a penalty sees of a batch beside the parameters.
+
+    Attributes:
+      tasks: In the order of every per-task array.
+      weight: f32[batch], row weights; 0 pads.
+      outputs: ``(params, train=...)`` -> task -> outputs of its head.
+      features: ``(params, train=...)`` -> f32[batch, feature], what the towers read.
+      source_loss: The source's loss on one of ``batches``, as for :meth:`Adaptation.adapt`.
+      batches: Of the source; None where the adaptation reads none.
+    """
+
+    tasks: Sequence[Task]
+    weight: Float[Array, " batch"]
+    outputs: Callable[..., dict[str, Float[Array, "batch *out"]]]
+    features: Callable[..., Float[Array, "batch feature"]]
+    source_loss: SourceLoss
+    batches: PyTree
+
+
+class Adaptation:
+    """Base of all strategies of transfer, as the train step sees them.
+
+    A strategy is a frozen dataclass that :func:`mtl_jax.balancing.base.register` makes a pytree: numbers are leaves, so
+    that a run axis can map them, everything else is static.
+
+    Attributes:
+      needs_source: Whether parameters of a source are needed.
+      trains: Whether anything is trained; otherwise the model is judged as it was loaded.
+      adapts: Whether the model's parameters are a function of those that are trained (see :meth:`adapt`), in every step.
+      starts: Whether training starts from what :meth:`adapt` makes of the model's values, once.
+      penalises: Whether there is a :meth:`penalty`.
+      source_batches: Batches of source rows that :meth:`adapt` reads.
+      source_weight: Row weight of the source's rows where they are trained on like the target's; None: they are not.
+    """
+
+    needs_source: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    adapts: ClassVar[bool] = False
+    starts: ClassVar[bool] = False
+    penalises: ClassVar[bool] = False
+
+    @property
+    def source_batches(self) -> int:
+        return 0
+
+    @property
+    def source_weight(self) -> float | None:
+        return None
+
+    @property
+    def batches_beside(self) -> int:
+        """Batches of source rows that come with each batch of the target."""
+        return self.source_batches if self.adapts else 0
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether rows of the source are needed."""
+        return self.source_batches > 0 or self.source_weight is not None
+
+    def simplified(self) -> "Adaptation":
+        """Itself; or what is left of it where a coefficient is the constant 0, whose term is then not computed at all."""
+        return self
+
+    def phases(self) -> tuple[Callable[[str], bool], ...]:
+        """What is trained, by path, in one stage after the other."""
+        return (lambda path: True,)
+
+    def rates(self, params: Params) -> dict[str, Any]:
+        """Path -> factor of its learning rate; absent paths have 1."""
+        return {}
+
+    def init(self, params: Params, origin: Origin, key: PRNGKeyArray) -> tuple[Params, dict[str, Params]]:
+        """What is trained, and what is kept.
+
+        Args:
+          params: Path -> array, of the model's parameters that the phase trains. The result may have other paths, which
+            then say ``aux/<name>/...``.
+          origin: What came from the source.
+          key: For parameters of its own.
+        """
+        return params, {}
+
+    def adapt(self, params: Params, kept: dict[str, Params], loss: SourceLoss, batches: PyTree) -> Params:
+        """The model's parameters from those that are trained; differentiable. ``batches`` lead with an axis of them."""
+        return params
+
+    def penalty(self, params: Params, kept: dict[str, Params], view: "View") -> Float[Array, ""]:
+        """Is added to the objective beside the balanced losses, with weight 1. Of tables it may see some rows only."""
+        raise NotImplementedError
+
+
+def structure(adaptation: Adaptation) -> Any:
+    """What adaptations have in common that differ in numbers only."""
+    return jax.tree.structure(adaptation)
+
+
+def mean_over_rows(values: Float[Array, " batch"], weight: Float[Array, " batch"]) -> Float[Array, ""]:
+    """Mean over the rows of weight > 0; 0 where there is none."""
+    counted = weight > 0
+    return jnp.sum(jnp.where(counted, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
+
+
+def is_zero(*coefficients: Any) -> bool:
+    """Whether all are the constant 0 and no traced number."""
+    return all(isinstance(one, numbers.Real) and one == 0 for one in coefficients)
+
+
+def from_source(origin: Origin, path: str, like: Array) -> np.ndarray:
+    """f32[..., 1 ...]: 1 for what came from the source, broadcast against the array of a path."""
+    found = np.asarray(origin.get(path, False), np.float32)
+    return found.reshape(found.shape + (1,) * (np.ndim(like) - found.ndim))

@@ -143,6 +143,8 @@ def _groups(
                 config = _text(_of_program(job.config))
                 if config not in programs:  # which the seeds of one configuration share for sure
                     programs[config] = program_of(setup, member)
+            except (Interrupted, NoSpace):  # while the source was trained: no fault of this run
+                raise
             except MtlJaxError as error:
                 yield error, [(job, None)]
             else:

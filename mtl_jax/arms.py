@@ -58,6 +58,11 @@ def arms_of(
         raise ConfigError(f"arms is {shown(named)}; expected a list of entries with name and overrides. Correct it")
     methods = {key: values for key, values in sweeps.items() if METHOD.match(key)}
     others = {key: values for key, values in sweeps.items() if key not in methods}
+    if "target" in others:
+        raise ConfigError(
+            "target has a comma list, and each of its values is judged on other rows; expected a comparison for each. "
+            "Write axis.target=[...]"
+        )
     arms: list[Arm] = []
     for data in _points({key: values for key, values in others.items() if key == "data"}):
         rest = {key: values for key, values in others.items() if key != "data"}

@@ -9,6 +9,7 @@ from typing import Any
 from mtl_jax.data.encode import encode
 from mtl_jax.errors import ConfigError, Interrupted, RunFolderError
 from mtl_jax.job import Job, Shared, name_of
+from mtl_jax.metrics.kinds import LOWER_IS_BETTER
 from mtl_jax.report.folder import RunFolder
 from mtl_jax.run_config import build_model, build_parts
 from mtl_jax.source import Handover, adaptation_of, domains_of, source_config, stage
@@ -120,7 +121,9 @@ def _chosen(
             scores[name] = float(len(data.splits["train"]))
             return scores[name]
         artefact, record = trained_source(alone, shared, should_stop)
-        scores[name] = record["monitor"]["value"]
+        monitor = record["monitor"]
+        lower = monitor["name"].rsplit("/", 1)[-1] in LOWER_IS_BETTER
+        scores[name] = -monitor["value"] if lower and monitor["value"] is not None else monitor["value"]
         if config["select"] == "gradient_cosine":
             dataset = shared.continuation(shared.dataset(config), data)
             model = load(build_model(config, dataset), dataset.schema, artefact, **_options(config)).model

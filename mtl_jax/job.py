@@ -6,7 +6,7 @@ import datetime
 import functools
 import json
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class Job:
     def begin(self) -> None:
         """Writes what is known before training."""
         self.home.write_yaml("config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
-        self.home.write_json("schema.json", self.dataset.schema.to_dict())
+        self.home.write_json("schema.json", self.encoded.schema.to_dict())
         self.home.log(f"start {self.known['run_id']}")
 
     def train(
@@ -143,8 +143,8 @@ class Job:
           parts: As of :func:`mtl_jax.run_config.build_parts`, and ``should_stop``.
           kept: Is given the result before the test part is opened.
         """
-        self.begin()
-        try:
+        with self.recorded():
+            self.begin()
             with warnings_kept(self.home):
                 trainer = dict(self.config["trainer"])
                 observer = observe(self.home, {key: trainer.pop(key) for key in WATCH_KEYS})
@@ -164,12 +164,23 @@ class Job:
                     raise Interrupted("stopped after training, before the test part was opened")
                 kept(result)
                 return self.complete(result)
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Whatever ends the work inside leaves a record that says so."""
+        try:
+            yield
         except (KeyboardInterrupt, Interrupted):
-            self.end("interrupted")
+            self._end_begun("interrupted")
             raise
         except (MtlJaxError, OSError) as error:
-            self.end("failed", error)
+            self._end_begun("failed", error)
             raise
+
+    def _end_begun(self, status: str, error: BaseException | None = None) -> None:
+        if not (self.home.path / "config.yaml").exists():  # before there was anything to train
+            self.begin()
+        self.end(status, error)
 
     @property
     def encoded(self) -> Dataset:

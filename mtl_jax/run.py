@@ -68,7 +68,8 @@ def run(
         job = Job(config, home, dataset, shared, names=names, sealed=sealed)
         record = job.earlier()
         if record is None or record["status"] != "completed":
-            job.handover = hand_over(config, shared, should_stop)
+            with job.recorded():
+                job.handover = hand_over(config, shared, should_stop)
             record = job.train(parts)
         else:
             console.print(f"finished on {record['timing']['started']}; nothing to train")

@@ -1,6 +1,7 @@
 """Source and target of a configuration: which rows they have, the run that trains the source, and what it hands over."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ def check_transfer(config: Mapping[str, Any]) -> None:
     node = config["loading"]
     if not isinstance(node, Mapping) or set(node) != set(LOADING):
         raise ConfigError(f"loading is {shown(node)}; expected a mapping with {list(LOADING)}. Change it")
+    _check_patterns(node)
     adaptation = adaptation_of(config)
     needs = adaptation.needs_source or adaptation.needs_rows
     if needs and (config["source"] is None or config["target"] is None):
@@ -58,6 +60,29 @@ def check_transfer(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"target with training={config['training']}; expected joint. transfer has stages of its own")
     if config["target"] is not None and config["folds"] is not None:
         raise ConfigError("target with folds; expected null. Repeat runs by seeds= of experiments.ablate")
+
+
+def _check_patterns(node: Mapping[str, Any]) -> None:
+    def texts(value: Any, length: int | None = None) -> bool:
+        whole = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+        return whole and length in (None, len(value))
+
+    pairs = [] if node["map"] is None else node["map"]
+    if not isinstance(pairs, list | tuple) or not all(texts(pair, 2) for pair in pairs):
+        raise ConfigError(
+            f"loading.map is {shown(node['map'])}; expected pairs [pattern, template], or null. Write [[from, to], ...]"
+        )
+    for key in ("drop", "reinit"):
+        if not texts(node[key]):
+            raise ConfigError(f"loading.{key} is {shown(node[key])}; expected a list of patterns. Write [pattern, ...]")
+    patterns = {"map": [pair[0] for pair in pairs], "drop": node["drop"], "reinit": node["reinit"]}
+    for key, pattern in ((key, pattern) for key, some in patterns.items() for pattern in some):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"loading.{key} has {shown(pattern)}, which is no pattern ({error}); expected one of re. Mend it"
+            ) from None
 
 
 def adaptation_of(config: Mapping[str, Any]) -> Adaptation:

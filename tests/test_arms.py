@@ -2,7 +2,7 @@
 
 import pytest
 
-from mtl_jax.arms import SINGLE_TASK, arms_of
+from mtl_jax.arms import SCRATCH, SINGLE_TASK, arms_of
 from mtl_jax.errors import ConfigError
 
 SHARING = {"sharing": ["mmoe", "shared_bottom"]}
@@ -114,5 +114,62 @@ def test_names_that_clash_are_refused():
 
 
 def test_another_baseline_is_refused():
-    with pytest.raises(ConfigError, match="baseline is 'mmoe'; expected 'single_task', or none"):
+    with pytest.raises(ConfigError, match=r"baseline is 'mmoe'; expected one of \['single_task', 'scratch', 'none'\]"):
         arms_of(SHARING, baseline="mmoe")
+
+
+def test_scratch_is_the_same_method_without_transfer():
+    """What the transfers have in common is kept, with the first of other choices; only their own options go."""
+    fixed = [
+        "sharing.num_experts=4", "balancing=pcgrad", "transfer=l2_sp", "transfer.alpha=1", "+alignment.rate=1",
+        "source=north", "target=west", "loading.new_rows=mean", "trainer.epochs=2",
+    ]  # fmt: skip
+    sweeps = {"transfer": ["fine_tune", "lora"], "sharing": ["mmoe", "ple"], "optimizer": ["adam", "sgd"]}
+    (baseline, first, *_) = arms_of(sweeps, fixed=fixed, baseline=SCRATCH)
+    kept = ("sharing.num_experts=4", "balancing=pcgrad", "source=north", "target=west", "loading.new_rows=mean")
+    assert baseline == (
+        SCRATCH,
+        (*kept, "trainer.epochs=2", "optimizer=adam", "sharing=mmoe", "transfer=scratch"),
+    )
+    assert (first.name, first.overrides[: len(fixed)]) == ("fine_tune+mmoe+adam", tuple(fixed))
+
+
+def test_scratch_in_the_list_is_the_baseline():
+    sweeps = {"transfer": ["scratch", "fine_tune"]}
+    assert names(sweeps, baseline=SCRATCH) == ["scratch", "fine_tune"]
+    assert names(sweeps, baseline=None) == ["scratch", "fine_tune"]
+    assert names(sweeps, baseline=SINGLE_TASK) == ["single_task", "scratch", "fine_tune"]
+    assert names(sweeps | {"balancing": ["equal", "pcgrad"]}, baseline=SCRATCH) == [
+        "scratch", "fine_tune+equal", "fine_tune+pcgrad",
+    ]  # fmt: skip
+
+
+def test_there_is_one_scratch_a_data_set():
+    sweeps = {"transfer": ["fine_tune"], "data": ["movielens_1m", "complete_journey"]}
+    found = arms_of(sweeps, fixed=["source=a", "target=b"], baseline=SCRATCH)
+    assert [arm.name for arm in found] == 2 * ["scratch", "fine_tune"]
+    assert [arm.overrides[2:] for arm in found if arm.name == SCRATCH] == [
+        ("data=movielens_1m", "transfer=scratch"),
+        ("data=complete_journey", "transfer=scratch"),
+    ]
+
+
+def test_options_of_a_transfer_are_none_of_scratch():
+    (baseline, *arms) = arms_of({"transfer.alpha": ["0.1", "1"]}, fixed=["transfer=l2_sp"], baseline=SCRATCH)
+    assert baseline == (SCRATCH, ("transfer=scratch",))
+    assert [arm.name for arm in arms] == ["alpha=0.1", "alpha=1"]
+
+
+def test_single_task_training_under_scratch_is_an_arm_like_others():
+    assert names({"sharing": ["single_task", "mmoe"], "transfer": ["lora"]}, baseline=SCRATCH) == [
+        "scratch", "single_task+lora", "mmoe+lora",
+    ]  # fmt: skip
+
+
+def test_named_transfers_stand_beside_scratch():
+    weak = {"name": "weak", "overrides": ["transfer=l2_sp", "transfer.alpha=0.01"]}
+    baseline, arm = arms_of({}, fixed=["source=a", "target=b"], named=[weak], baseline=SCRATCH)
+    assert baseline == (SCRATCH, ("source=a", "target=b", "transfer=scratch"))
+    assert arm == ("weak", ("source=a", "target=b", "transfer=l2_sp", "transfer.alpha=0.01"))
+    with pytest.raises(ConfigError, match="two arms are called 'scratch'"):
+        arms_of({}, named=[weak | {"name": "scratch"}], baseline=SCRATCH)

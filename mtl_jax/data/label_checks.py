@@ -137,6 +137,8 @@ def _constant_domains(frames: dict[str, pl.DataFrame], found: Found, schema: Sch
     cells = []
     for part, labels in found.items():
         domain = frames[part][schema.domain].cast(pl.String)
+        if schema.default_domain is not None:
+            domain = domain.fill_null(schema.default_domain)
         for value in sorted(domain.unique()):
             here = (domain == value).to_numpy()
             for task in schema.tasks:

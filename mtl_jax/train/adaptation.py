@@ -63,7 +63,7 @@ class Adaptation:
       starts: Whether training starts from what :meth:`adapt` makes of the model's values, once.
       penalises: Whether there is a :meth:`penalty`.
       source_batches: Batches of source rows that :meth:`adapt` reads.
-      source_weight: Row weight of the source's rows where they are trained on like the target's; None: they are not.
+      source_row_weight: Row weight of the source's rows where they are trained on like the target's; None: they are not.
     """
 
     needs_source: ClassVar[bool] = True
@@ -77,7 +77,7 @@ class Adaptation:
         return 0
 
     @property
-    def source_weight(self) -> float | None:
+    def source_row_weight(self) -> float | None:
         return None
 
     @property
@@ -88,7 +88,7 @@ class Adaptation:
     @property
     def needs_rows(self) -> bool:
         """Whether rows of the source are needed."""
-        return self.source_batches > 0 or self.source_weight is not None
+        return self.source_batches > 0 or self.source_row_weight is not None
 
     def simplified(self) -> "Adaptation":
         """Itself; or what is left of it where a coefficient is the constant 0, whose term is then not computed at all."""

@@ -226,9 +226,20 @@ class Session:
         """All arrays with the selected values."""
         if self.stages[position.stage].by_task:
             return self.evaluated(state) | state.selected
-        if self.checkpoints:
-            return self.evaluated(self.checkpoints.load(position.best_step, state)[0])
-        return self.best
+        if not self.checkpoints:
+            return self.best
+        step = self.step
+
+        def like(progress: Mapping[str, Any]) -> TrainState:
+            nonlocal step
+            if progress["stage"] == position.stage:
+                return state
+            # What a stage began with, selected by the one before, may be better than all that came of it.
+            step, template = self.setup.build(self.member, self.stages[progress["stage"]], self.model)
+            return self.devices.replicate(template)
+
+        found, _ = self.checkpoints.load(position.best_step, like)
+        return step.evaluated(found)
 
     def save(self, state: TrainState, position: Position) -> None:
         if self.checkpoints:

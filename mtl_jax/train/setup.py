@@ -163,9 +163,9 @@ class Setup:
         if adaptation is not None:
             _check_source(adaptation, source, training)
             if adaptation.needs_rows:
-                weight = adaptation.source_weight
+                weight = adaptation.source_row_weight
                 train, num_source = concatenated(train, source, 1.0 if weight is None else weight), source.num_rows
-        pooled = adaptation is not None and adaptation.source_weight is not None
+        pooled = adaptation is not None and adaptation.source_row_weight is not None
         num_trained = data.train.num_rows + (num_source if pooled else 0)
         batch_size = min(batch_size, num_trained)
         if micro_batches > batch_size:

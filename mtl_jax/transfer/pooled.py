@@ -28,5 +28,5 @@ class Pooled(Adaptation):
         check_number(self.weight, "transfer.weight", above=0)
 
     @property
-    def source_weight(self):
+    def source_row_weight(self):
         return self.weight

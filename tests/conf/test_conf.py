@@ -53,6 +53,15 @@ SMALL = {
 OF_A_FUNNEL = (
     "aitm", "resflow", "star", "sar_net", "m2m", "adasparse", "hamur", "epnet", "ppnet", "pepnet", "adapt_dhm", "m3oe",
 )  # fmt: skip
+# Data whose rows are made on the spot -> a small one.
+GENERATED = {
+    "countries": {
+        **{"rho": [1.0, 0.5], "rows": [300, 200], "ctr": [0.4, 0.4], "cvr": [0.5, 0.5]},
+        **{"users": 40, "items": 20},
+    },
+    "linear_gaussian": {"dim": 3, "source_rows": 12, "target_rows": 8, "valid_rows": 6, "test_rows": 20},
+    "synthetic": {"num_rows": 60, "dim": 3},
+}
 # Methods that are not defined for two tasks.
 MANY_TASKS = ("krum", "trimmed_mean")
 
@@ -127,9 +136,8 @@ def test_every_data_node_names_options_that_the_loader_has(name, tmp_path):
     """Built with its source out of reach, a node fails for the lack of data, and not for an option."""
     config = compose(f"data={name}", *(["data.path=absent.csv"] if name == "table" else []))
     node = dict(config["data"])
-    if name == "synthetic":
-        node |= {"num_rows": 60, "dim": 3}
-        assert build(node).name == "synthetic"
+    if name in GENERATED:
+        assert build(node | GENERATED[name]).name == name
         return
     expected = mtl_jax.errors.MissingFile if name == "table" else mtl_jax.errors.NotCached
     if name != "table":

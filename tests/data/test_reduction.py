@@ -14,9 +14,14 @@ from mtl_jax.errors import SchemaError
 
 SMALL = {
     "synthetic": {"recipe": "kinds", "num_rows": 600, "dim": 3},
+    "countries": {
+        **{"rho": [1.0, 0.5], "rows": [400, 400], "ctr": [0.5, 0.5], "cvr": [0.5, 0.5]},
+        **{"users": 90, "items": 20},
+    },
+    "linear_gaussian": {"dim": 3, "source_rows": 100, "target_rows": 100, "valid_rows": 20, "test_rows": 20},
     "table": {"tasks": {"buy": "binary"}, "user": "user"},
 }
-FETCHED = ("movielens_100k", "complete_journey")
+FETCHED = ("movielens_100k", "complete_journey", "inst_eval")
 WHOLE = {"complete_journey": "d1ec1c6816e0ec81", "movielens_1m": "2145a069f3953bb1", "synthetic": "84f5757619f5ba6c"}
 """What the identity of whole sets begins with since before there were fractions."""
 

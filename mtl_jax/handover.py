@@ -26,7 +26,10 @@ WAIT_SECONDS = 1.0
 
 
 def hand_over(
-    config: Mapping[str, Any], shared: Shared, should_stop: Callable[[], bool] = lambda: False
+    config: Mapping[str, Any],
+    shared: Shared,
+    should_stop: Callable[[], bool] = lambda: False,
+    told: Callable[[str], None] = lambda text: None,
 ) -> Handover | None:
     """What the run of a configuration begins with; None for one without a target.
 
@@ -37,6 +40,7 @@ def hand_over(
       config: Plain and checked.
       shared: Of the process.
       should_stop: Is asked while the source is trained.
+      told: Is given a sentence about each source that is found or trained.
 
     Raises:
       ConfigError: Domains that the data lack, or a source that does not fit the target.
@@ -48,7 +52,7 @@ def hand_over(
     if not (adaptation.needs_source or adaptation.needs_rows):
         return Handover(own, build_model(config, own), adaptation)
     started = time.perf_counter()
-    names, scores = _chosen(config, shared, should_stop)
+    names, scores = _chosen(config, shared, should_stop, told)
     of_source = source_config(config, names)
     source = shared.dataset(of_source)
     dataset = shared.continuation(own, source)
@@ -57,7 +61,7 @@ def hand_over(
     if not adaptation.needs_source:
         needs = ["source_data"]
         return Handover(dataset, model, adaptation, source=source, stages=(selected | {"needs": needs},))
-    artefact, record = trained_source(of_source, shared, should_stop)
+    artefact, record = trained_source(of_source, shared, should_stop, told)
     loading = _loaded(config, model, dataset, artefact, adaptation)
     timing = record["timing"]
     trained = stage("source_train", artefact=artefact.hash, steps=timing.get("steps"), seconds=timing["wall_seconds"])
@@ -73,7 +77,10 @@ def hand_over(
 
 
 def trained_source(
-    config: Mapping[str, Any], shared: Shared, should_stop: Callable[[], bool] = lambda: False
+    config: Mapping[str, Any],
+    shared: Shared,
+    should_stop: Callable[[], bool] = lambda: False,
+    told: Callable[[str], None] = lambda text: None,
 ) -> tuple[Artefact, dict[str, Any]]:
     """The artefact of a source's run, and its record.
 
@@ -95,7 +102,11 @@ def trained_source(
                 home.claim(name)
                 job = Job(config, home, dataset, shared, sealed=SEALED)
                 record = job.earlier()
-                if record is None or record["status"] != "completed" or not (folder / ARTEFACT / MANIFEST).exists():
+                found = (
+                    record is not None and record["status"] == "completed" and (folder / ARTEFACT / MANIFEST).exists()
+                )
+                told(f"source {' + '.join(config['target'])}: {'found in' if found else 'trained in'} {folder}")
+                if not found:
                     parts = build_parts(config) | {"should_stop": should_stop}
                     job.handover = hand_over(config, shared)
                     record = job.train(parts, kept=saved)
@@ -109,7 +120,7 @@ def trained_source(
 
 
 def _chosen(
-    config: Mapping[str, Any], shared: Shared, should_stop: Callable[[], bool]
+    config: Mapping[str, Any], shared: Shared, should_stop: Callable[[], bool], told: Callable[[str], None]
 ) -> tuple[list[str], dict[str, float | None]]:
     """The sources, and the scores that chose them."""
     candidates, scores = domains_of(config["source"]), {}
@@ -120,7 +131,7 @@ def _chosen(
         if config["select"] == "largest":
             scores[name] = float(len(data.splits["train"]))
             return scores[name]
-        artefact, record = trained_source(alone, shared, should_stop)
+        artefact, record = trained_source(alone, shared, should_stop, told)
         monitor = record["monitor"]
         lower = monitor["name"].rsplit("/", 1)[-1] in LOWER_IS_BETTER
         scores[name] = -monitor["value"] if lower and monitor["value"] is not None else monitor["value"]

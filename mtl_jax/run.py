@@ -1,5 +1,6 @@
 """One configured run: data, model, training, the one look at the test part, and the run folder that is left."""
 
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def run(
         record = job.earlier()
         if record is None or record["status"] != "completed":
             with job.recorded():
-                job.handover = hand_over(config, shared, should_stop)
+                job.handover = hand_over(config, shared, should_stop, told=functools.partial(print, file=sys.stderr))
             record = job.train(parts)
         else:
             console.print(f"finished on {record['timing']['started']}; nothing to train")

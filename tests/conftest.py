@@ -31,8 +31,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked ``data`` need the real tables, or those of the sets that the marker names; without them they are skipped,
-    with the command that fetches them."""
+    """Tests marked ``data`` need the real tables, or those of the sets that the marker names.
+
+    Without them they are skipped, with the command that fetches them.
+    """
     usual = tuple(name for name in sources.datasets() if name not in LARGE)
     unfetched: dict[str, bool] = {}
     for item in items:

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from mtl_jax.tasks import Task
 
+TEACHER = "teacher"
+"""Name under which an adaptation keeps the parameters of a model that it compares with."""
 Params = dict[str, Array]
 SourceLoss = Callable[[Params, PyTree], Float[Array, ""]]
 """(parameters of the model, one batch of the source) -> the sum of its tasks' losses."""
@@ -62,6 +64,7 @@ class Adaptation:
       adapts: Whether the model's parameters are a function of those that are trained (see :meth:`adapt`), in every step.
       starts: Whether training starts from what :meth:`adapt` makes of the model's values, once.
       penalises: Whether there is a :meth:`penalty`.
+      reads_rows: Whether the penalty depends on the rows of a step, and not on parameters alone.
       source_batches: Batches of source rows that :meth:`adapt` reads.
       source_row_weight: Row weight of the source's rows where they are trained on like the target's; None: they are not.
     """
@@ -71,6 +74,7 @@ class Adaptation:
     adapts: ClassVar[bool] = False
     starts: ClassVar[bool] = False
     penalises: ClassVar[bool] = False
+    reads_rows: ClassVar[bool] = False
 
     @property
     def source_batches(self) -> int:

@@ -149,6 +149,9 @@ class RunStack:
                     "program. Train them apart"
                 )
         self.step: Step = steps[0]
+        deploy = jax.vmap(lambda numbers, state: steps[0].with_numbers(numbers).evaluated(state))
+        adapts = self.setup.adaptation is not None and self.setup.adaptation.adapts
+        self.deploy: Callable[[Numbers, TrainState], Params] = jax.jit(deploy) if adapts else deploy
         self.numbers: Numbers = self.place(stack_trees([step.numbers() for step in steps], self.size))
         return self.place(stack_trees(list(states), self.size))
 
@@ -326,7 +329,7 @@ class RunStack:
 
     def evaluated(self, state: TrainState) -> Params:
         """Path -> stacked array as it is evaluated."""
-        return jax.vmap(lambda numbers, state: self.step.with_numbers(numbers).evaluated(state))(self.numbers, state)
+        return self.deploy(self.numbers, state)
 
     def measure(self, arrays: Params, numbers: Sequence[int]) -> dict[int, tuple[dict, dict]]:
         """Metrics on validation and what they were computed from, by member."""

@@ -161,6 +161,7 @@ class Setup:
         where = Devices(parallel, devices)
         train, num_source = data.train, 0
         if adaptation is not None:
+            adaptation = adaptation.simplified()
             _check_source(adaptation, source, training)
             if adaptation.needs_rows:
                 weight = adaptation.source_row_weight

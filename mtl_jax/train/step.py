@@ -19,8 +19,9 @@ from mtl_jax.nn import Context, stream
 from mtl_jax.sharing import Link, Strategy
 from mtl_jax.tasks import Task
 from mtl_jax.train import average, tables
-from mtl_jax.train.adaptation import Adaptation, Kept, Origin, SourceLoss, View
+from mtl_jax.train.adaptation import TEACHER, Adaptation, Kept, Origin, SourceLoss, View
 from mtl_jax.train.average import RowAverage
+from mtl_jax.train.cut_model import below_cut
 from mtl_jax.train.direction import diagnostic_names
 from mtl_jax.train.gradients import (
     Balanced,
@@ -108,6 +109,7 @@ class Step:
       average: Decay of a moving average of the parameters, in (0, 1); None keeps none.
       axis: Named axis of devices to sum over (see :class:`mtl_jax.train.parallel.Devices`).
       adaptation: What training owes to a source; None: nothing.
+      frozen: Whether an adaptation trains nothing below the cut, which then runs as in evaluation.
     """
 
     functional: Functional
@@ -123,6 +125,7 @@ class Step:
     average: float | None = None
     axis: str | None = None
     adaptation: Adaptation | None = None
+    frozen: bool = False
 
     def __post_init__(self):
         check_numerics(self.precision, self.average)
@@ -190,6 +193,8 @@ class Step:
             if rates := adaptation.rates(params):
                 optimizer = dataclasses.replace(optimizer, rate_scale=optimizer.rate_scale | rates)
             params, kept = adaptation.init(params, origin or {}, stream(key, "transfer"))
+            if TEACHER in kept:  # with the moments of its own
+                kept[TEACHER] |= {path: jnp.copy(rest[path]) for path in functional.state_paths}
         balancer = balancer.for_tasks(tasks)
         check_scope(of_model, balancer, options, micro_batches)
         if functional.state_paths and (micro_batches > 1 or acts_on_units(balancer, options)):
@@ -212,6 +217,7 @@ class Step:
         step = cls(
             functional, tuple(tasks), objective, balancer, options, optimizer, sparse, model.link,
             micro_batches=micro_batches, precision=precision, average=average, axis=axis, adaptation=adaptation,
+            frozen=adaptation is not None and not any(below_cut(path) for path in of_model),
         )  # fmt: skip
         rows = {path: params[path] for path in sorted(by_rows)}
         sizes = {_vocabulary(path): array.shape[0] for path, array in rows.items()}
@@ -255,6 +261,7 @@ class Step:
         return (
             self.functional, self.tasks, self.objective, type(self.balancer), jax.tree.structure(self.numbers()),
             self.options, self.optimizer.program(), sparse, self.micro_batches, self.precision, self.average, self.axis,
+            self.frozen,
             # the class and static fields of the adaptation are in the structure of the numbers
         )  # fmt: skip
 
@@ -386,7 +393,7 @@ class Step:
         """Of the rows of a step, for a penalty."""
 
         def model_and_cut(params, train):
-            model = self.functional.merge(self._in_precision(params), self._in_precision(state.rest))
+            model = self.functional.merge(self._in_precision(state.rest), self._in_precision(params))
             context = Context(train=train, step=state.step, domain=inputs.domain, rngs=stream(key, "transfer/view"))
             return model, model.common(inputs, context), context
 
@@ -434,12 +441,12 @@ class Step:
         def merged(replaced):
             return self.functional.merge(self._in_precision(params | dict(replaced)), self._in_precision(state.rest))
 
-        def context(part):
+        def context(part, train=train):
             keys = {"rngs": stream(part.key, "model"), "step_rngs": stream(key, "model")}
             return Context(train=train, step=state.step, axis=self.axis, domain=part.inputs.domain, **keys)
 
         def common(below, part):
-            return merged(below).common(part.inputs, context(part))
+            return merged(below).common(part.inputs, context(part, train and not self.frozen))
 
         def head(task: Task):
             def loss(own, cut, part):
@@ -472,7 +479,7 @@ class Step:
 
         def states(part, moved):
             model = self.functional.merge(self._in_precision(params), self._in_precision(state.rest | moved))
-            cut = model.common(part.inputs, context(part))
+            cut = model.common(part.inputs, context(part, train and not self.frozen))
             for task in self.tasks:
                 model.head(task.name, cut, context(part))
             return self.functional.states(model)
@@ -598,10 +605,10 @@ def check_adaptation(adaptation: Adaptation, functional: Functional, axis: str |
             "statistics of whole batches, which would mix source and target; expected layers without them. Choose "
             "another sharing"
         )
-    if adaptation.source_batches and axis is not None:
+    if (adaptation.source_batches or adaptation.reads_rows) and axis is not None:
         raise ConfigError(
-            f"transfer '{type(adaptation).__name__}' with parallel=pmap; expected parallel=jit, which spreads the rows of "
-            "its inner steps. Change it"
+            f"transfer '{type(adaptation).__name__}' with parallel=pmap, where a device sees its own rows only; expected "
+            "parallel=jit. Change it"
         )
 
 

@@ -30,7 +30,7 @@ class BitFit(Adaptation):
         return (lambda path: label(path).startswith("task/") or self._is_bias(path),)
 
     def init(self, params, origin, key):
-        if not any(self._is_bias(path) for path in params):
+        if not any(label(path) == "shared" and self._is_bias(path) for path in params):
             raise ConfigError(
                 "transfer 'BitFit' trains biases and the shared layers have none; expected some. Choose another"
             )
@@ -38,5 +38,5 @@ class BitFit(Adaptation):
 
     def _is_bias(self, path: str) -> bool:
         *parents, last = path.split("/")
-        normalises = any("norm" in part for part in parents)
-        return last == "bias" and (self.include_norm or not normalises)
+        normalises = any(part == "norm" or part.endswith("_norm") for part in parents)
+        return last in ("bias", "domain_bias") and (self.include_norm or not normalises)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
+from mtl_jax.errors import ConfigError
 from mtl_jax.train.adaptation import Adaptation, is_zero
 from mtl_jax.transfer.fine_tune import FineTune
 
@@ -37,6 +38,7 @@ class BSS(Adaptation):
     """
 
     penalises: ClassVar[bool] = True
+    reads_rows: ClassVar[bool] = True
 
     weight: float = 1e-3
     k: int = dataclasses.field(default=1, metadata={"static": True})
@@ -50,6 +52,11 @@ class BSS(Adaptation):
 
     def penalty(self, params, kept, view):
         features = view.features(params, train=True)
+        if features.shape[0] < features.shape[1]:
+            raise ConfigError(
+                f"transfer 'BSS' has batches of {features.shape[0]} rows and {features.shape[1]} features; expected at "
+                "least as many rows. Raise trainer.batch_size, or make the shared layers smaller"
+            )
         features = jnp.where(view.weight[:, None] > 0, features, 0)
         whole = jnp.sum(view.weight > 0) >= features.shape[1]
         return self.weight * jnp.where(whole, smallest_energy(features, self.k), 0.0)

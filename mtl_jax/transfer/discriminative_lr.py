@@ -1,6 +1,7 @@
 """Discriminative learning rates: the nearer to the input, the smaller the step."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ from mtl_jax.balancing.base import register
 from mtl_jax.model import label
 from mtl_jax.train.adaptation import Adaptation, Params
 
-LAYER = re.compile(r"(?:.*/)?(?:layers|levels)/(\d+)/")
+NUMBERED = {name: re.compile(rf"(?:.*?/)?{name}/(\d+)/") for name in ("levels", "layers")}
 
 
 @register
@@ -42,20 +43,22 @@ class DiscriminativeLR(Adaptation):
 def groups(params: Params) -> dict[str, Any]:
     """Path -> depth of its group below the towers, which have 0.
 
-    Layers are told by the numbers in their paths: shared parameters with none count to the highest of them, those of
-    encoders and histories and then the tables are the last groups.
+    Layers are told by the numbers in their paths, levels of several layers first; shared parameters without a number are
+    the highest. Encoders and histories, and then the tables, are the last groups.
     """
-    layer = {path: int(found[1]) for path in params if label(path) == "shared" and (found := LAYER.match(path))}
-    top = max(layer.values(), default=0)
-    depths = {}
-    for path in params:
+
+    def place(path: str) -> tuple[float, float]:
+        found = (pattern.match(path) for pattern in NUMBERED.values())
+        level, layer = (math.inf if one is None else int(one[1]) for one in found)
+        return level, layer
+
+    def outer(path: str) -> int:
         if label(path) == "embedding":
-            depths[path] = top + 3
-        elif path.split("/")[0] in ("encoder", "histories"):
-            depths[path] = top + 2
-        elif label(path) == "shared":
-            depths[path] = top - layer.get(path, top) + 1
-        else:
-            depths[path] = 0
-    present = {depth: rank for rank, depth in enumerate(sorted({0, *depths.values()}))}
-    return {path: present[depth] for path, depth in depths.items()}
+            return 3
+        if path.split("/")[0] in ("encoder", "histories"):
+            return 2
+        return 1 if label(path) == "shared" else 0
+
+    order = {path: (outer(path), *(tuple(-n for n in place(path)) if outer(path) == 1 else ())) for path in params}
+    present = {group: rank for rank, group in enumerate(sorted({(0,), *order.values()}))}
+    return {path: present[group] for path, group in order.items()}

@@ -11,7 +11,7 @@ from mtl_jax.arguments import check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
 from mtl_jax.tasks import Task
-from mtl_jax.train.adaptation import Adaptation, is_zero, mean_over_rows
+from mtl_jax.train.adaptation import TEACHER, Adaptation, is_zero, mean_over_rows
 from mtl_jax.transfer.fine_tune import FineTune
 
 
@@ -39,6 +39,7 @@ class Distill(Adaptation):
     """
 
     penalises: ClassVar[bool] = True
+    reads_rows: ClassVar[bool] = True
 
     weight: float = 1.0
     temperature: float = 2.0
@@ -48,13 +49,13 @@ class Distill(Adaptation):
         check_number(self.temperature, "transfer.temperature", above=0)
 
     def init(self, params, origin, key):
-        return params, {"teacher": {path: jnp.copy(array) for path, array in params.items()}}
+        return params, {TEACHER: {path: jnp.copy(array) for path, array in params.items()}}
 
     def simplified(self):
         return FineTune() if is_zero(self.weight) else self
 
     def penalty(self, params, kept, view):
-        taught = jax.lax.stop_gradient(view.outputs(kept["teacher"], train=False))
+        taught = jax.lax.stop_gradient(view.outputs(kept[TEACHER], train=False))
         student = view.outputs(params, train=True)
         distances = [distance(task, taught[task.name], student[task.name], self.temperature) for task in view.tasks]
         return self.weight * sum(mean_over_rows(rows, view.weight) for rows in distances)

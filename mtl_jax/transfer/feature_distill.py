@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mtl_jax.arguments import check_number
 from mtl_jax.balancing.base import register
-from mtl_jax.train.adaptation import Adaptation, is_zero, mean_over_rows
+from mtl_jax.train.adaptation import TEACHER, Adaptation, is_zero, mean_over_rows
 from mtl_jax.transfer.fine_tune import FineTune
 
 
@@ -29,6 +29,7 @@ class FeatureDistill(Adaptation):
     """
 
     penalises: ClassVar[bool] = True
+    reads_rows: ClassVar[bool] = True
 
     weight: float = 1.0
 
@@ -36,12 +37,12 @@ class FeatureDistill(Adaptation):
         check_number(self.weight, "transfer.weight", least=0)
 
     def init(self, params, origin, key):
-        return params, {"teacher": {path: jnp.copy(array) for path, array in params.items()}}
+        return params, {TEACHER: {path: jnp.copy(array) for path, array in params.items()}}
 
     def simplified(self):
         return FineTune() if is_zero(self.weight) else self
 
     def penalty(self, params, kept, view):
-        taught = jax.lax.stop_gradient(view.features(kept["teacher"], train=False))
+        taught = jax.lax.stop_gradient(view.features(kept[TEACHER], train=False))
         distance = jnp.sum(jnp.square(view.features(params, train=True) - taught), axis=-1)
         return self.weight / 2 * mean_over_rows(distance, view.weight)

@@ -59,7 +59,7 @@ class GradientTransfer(Adaptation):
 
     References:
       :func:`mtl_jax.transfer.gradient_transfer`; Finn, Abbeel, Levine, *Model-Agnostic Meta-Learning for Fast Adaptation of
-      Deep Networks*, ICML 2017. The further modes of :func:`mtl_jax.transfer.gradient_transfer` are functions only.
+      Deep Networks*, ICML 2017.
     """
 
     KINDS: ClassVar[tuple[str, ...]] = ("embedding", "shared", "task")

@@ -122,6 +122,7 @@ def _row(
         failed=tuple(f"{m['run_id']}: {_failure(ablation, m['run_id'])}" for m in own if m["run_id"] not in finished),
         metrics={task: found for task, found in metrics.items() if found.n},
         parameters=first["params"]["total"] if first else None,
+        trainable=first["params"].get("trainable") if first else None,
         examples_per_second=_mean(record["timing"]["examples_per_second"] for record in records.values()),
         compile_seconds=_sum(record["timing"]["compile_seconds"] for record in records.values()),
         flags=tuple(flag for flag in UNRANKED_FLAGS if any(record["flags"][flag] for record in records.values())),

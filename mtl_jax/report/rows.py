@@ -30,6 +30,7 @@ class Row:
       below_trivial: Task -> name of the best trivial predictor, where that one is better than the mean.
       transfer: Task -> quantity -> what a source was worth (see :mod:`mtl_jax.report.transfer`); empty without one.
       parameters: All of them.
+      trainable: Those that were trained in the last stage, for a run with a target; None elsewhere.
       examples_per_second: Mean over the finished runs.
       compile_seconds: Sum over the finished runs, which share compiled programs.
       flags: Flags up in any finished run that keep the row out of every rank: reopened, leak, oracle.
@@ -53,6 +54,7 @@ class Row:
     below_trivial: dict[str, str] = dataclasses.field(default_factory=dict)
     transfer: dict[str, dict[str, Summary]] = dataclasses.field(default_factory=dict)
     parameters: int | None = None
+    trainable: int | None = None
     examples_per_second: float | None = None
     compile_seconds: float | None = None
     flags: tuple[str, ...] = ()

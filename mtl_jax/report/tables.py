@@ -73,14 +73,17 @@ def results(comparison: Comparison) -> Grid:
     header += [f"{name} %" for name in gains]
     header += [f"mean rank of {ranked}"] if ranked else []
     header += ["rank by seed"] if comparison.critical_difference else []
-    header += ["seeds", "parameters", "examples/s", "compile s"]
+    trained = any(row.trainable is not None for row in comparison.rows)
+    header += ["seeds", "parameters", *(["trained"] if trained else []), "examples/s", "compile s"]
     rows = []
     for row in comparison.rows:
         cells = [Cell(_arm(row)), *(_value(comparison, row, task) for task in tasks)]
         cells += [Cell(_summary(getattr(row, name), digits=2, sign="+")) for name in gains]
         cells += [Cell(_rank(row.mean_rank))] if ranked else []
         cells += [Cell(_rank(row.seed_rank))] if comparison.critical_difference else []
-        cells += [Cell(status(row)), *(Cell(_count(n)) for n in (row.parameters, row.examples_per_second))]
+        cells += [Cell(status(row)), Cell(_count(row.parameters))]
+        cells += [Cell(_count(row.trainable))] if trained else []
+        cells += [Cell(_count(row.examples_per_second))]
         rows.append((*cells, Cell("" if row.compile_seconds is None else f"{row.compile_seconds:.1f}")))
     for name, values in comparison.trivial.items():
         cells = [Cell(f"{name} (trivial)"), *(Cell(number(values[t]) if t in values else "") for t in tasks)]

@@ -399,6 +399,7 @@ class RunStack:
             steps=int(jax.device_get(state.step)[number]),
             seconds=seconds,
             compiling=compiling,
+            trainable=sum(array.size for array in (state.params | state.tables).values()) // self.size,
         )
 
 

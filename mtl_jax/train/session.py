@@ -264,6 +264,7 @@ class Session:
             steps=int(jax.device_get(state.step)),
             seconds=seconds,
             compiling=self.setup.claim_compile_seconds(),
+            trainable=sum(array.size for array in (state.params | state.tables).values()),
         )
 
     def _raise_nonfinite(self, sums: Sums, state: TrainState, position: Position) -> None:

@@ -285,7 +285,7 @@ class Setup:
 
     def choose_tables(self, model: MultiTaskModel) -> dict[str, str]:
         """Vocabulary -> how its tables are updated, by its size and by the ids that one batch looks up in it."""
-        return _table_updates(model, self.data.schema, self.batch_size, self.table_updates)
+        return _table_updates(model, self.data.schema, self.batch_size * self.num_batches, self.table_updates)
 
     def checkpoints(self, path: str | Path | None, seed: Any) -> Checkpoints | None:
         """The checkpoints in a folder, which tell other data and seeds from these."""
@@ -301,6 +301,7 @@ class Setup:
         steps: int,
         seconds: float,
         compiling: float,
+        trainable: int,
     ) -> Result:
         """What a member ends in.
 
@@ -312,6 +313,7 @@ class Setup:
           steps: Updates of the whole run.
           seconds: It took.
           compiling: Seconds of compilation that it bears.
+          trainable: Parameters that were trained in the last stage.
         """
         values, support = measured
         functional, params, rest = Functional.of(model)
@@ -329,7 +331,8 @@ class Setup:
                 "steps": steps,
             },
             params=count_parameters(params)
-            | {"flops_per_example": flops_per_example(functional, params | rest, self.valid)},
+            | {"flops_per_example": flops_per_example(functional, params | rest, self.valid)}
+            | ({} if member.adaptation is None else {"trainable": trainable * member.adaptation.trains}),
             diagnostics={
                 "scope": self.options.scope,
                 "head_gradient": "weighted" if weighted else "plain",

@@ -13,6 +13,7 @@ from mtl_jax.transfer.linear_map import LinearMap
 from mtl_jax.transfer.linear_probe import LinearProbe
 from mtl_jax.transfer.loading import Artefact, Coverage, Loading, load
 from mtl_jax.transfer.lora import LoRA
+from mtl_jax.transfer.lwf import LwF
 from mtl_jax.transfer.nonlinear_map import NonlinearMap
 from mtl_jax.transfer.pooled import Pooled
 from mtl_jax.transfer.scratch import Scratch
@@ -33,6 +34,7 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Loading",
+    "LwF",
     "NonlinearMap",
     "Pooled",
     "Scratch",

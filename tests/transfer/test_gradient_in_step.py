@@ -1,21 +1,35 @@
 """The gradient-based update inside of the train step, against the same computation written out."""
 
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from mtl_jax.balancing import pcgrad
+from mtl_jax.balancing import fixed, pcgrad
 from mtl_jax.data.batching import take
-from mtl_jax.errors import ConfigError
-from mtl_jax.sharing import ResFlow
-from mtl_jax.train import BalancingOptions, Member, Optimizer
+from mtl_jax.data.dataset import TrainingData
+from mtl_jax.errors import ConfigError, Interrupted
+from mtl_jax.sharing import MMoE, ResFlow
+from mtl_jax.train import BalancingOptions, Member, Optimizer, fit, fit_many
+from mtl_jax.train.adaptation import structure
 from mtl_jax.train.session import Session
 from mtl_jax.train.setup import Setup
-from mtl_jax.transfer import FineTune, GradientTransfer
+from mtl_jax.train.state import Functional
+from mtl_jax.transfer import FineTune, GradientTransfer, gradient_transfer
 
 ETA, RATE, ROWS = 0.3, 0.1, 16
+SGD = Optimizer(optax.identity(), learning_rate=RATE)
+SPARSE = {"table_updates": {"user": "sparse"}}
+ROOTS = {"embedding": "tables", "shared": "sharing", "task": "task"}
+SOURCE = "aux/source/"
 
 
 def layer(params, path, x):
@@ -231,3 +245,353 @@ def test_statistics_of_batches_and_devices_of_their_own_are_refused(make_model, 
         make_step(make_model(sharing=ResFlow, units=(4,), logits=False), GradientTransfer())
     with pytest.raises(ConfigError, match="'GradientTransfer' with parallel=pmap"):
         make_step(make_model(), GradientTransfer(), axis="device")
+
+
+# The losses of the source as a term of the objective
+
+
+def inside(path, scope=tuple(ROOTS)):
+    return path.split("/")[0] in {ROOTS[kind] for kind in scope}
+
+
+def pure(params, target, sources, *, scope=tuple(ROOTS), step_size=ETA, weights=(1.0, 1.0), **options):
+    """Gradient and deployed parameters, by the function that knows neither models nor steps of training."""
+    one = params[0] if isinstance(params, tuple) else params
+    more = {"mask": {path: inside(path, scope) for path in one}, "source_batches": stacked(*sources)}
+
+    def of_target(params):
+        losses = task_losses(params, target)
+        return weights[0] * losses["click"] + weights[1] * losses["spend"]
+
+    found = jax.jit(lambda params: gradient_transfer(loss, of_target, params, step_size=step_size, **more, **options))
+    return found(params)[1:]
+
+
+def mean_loss(params, sources):
+    return sum(loss(params, batch) for batch in sources) / len(sources)
+
+
+@pytest.mark.parametrize(
+    ("options", "same", "more"),
+    [
+        ({"sign": 1, "num_steps": 2}, {"sign": 1}, SPARSE),
+        ({"mode": "first_order"}, {"first_order": True}, {"micro_batches": 4}),
+        ({"step_size": 0.0}, {"scope": ()}, {}),
+    ],
+    ids=str,
+)
+def test_the_source_weight_adds_the_losses_of_the_source_before_the_update(options, same, more, one_step):
+    """theta - rate * (d/dtheta L_t(T(theta)) + lambda_s * grad L_s(theta)), also where T does not move."""
+    strategy = GradientTransfer(**{"step_size": ETA, "source_weight": 0.7} | options)
+    before, after, target, sources = one_step(strategy, **more)
+    of_target = slope(before, target, sources, **same)
+    of_source = jax.jit(jax.grad(mean_loss))(before, sources)
+    close(after, descended(before, {path: of_target[path] + 0.7 * of_source[path] for path in before}))
+    close(after, descended(before, pure(before, target, sources, **{"source_weight": 0.7} | options)[0]))
+    assert max(np.abs(gradient).max() for gradient in of_source.values()) > 1e-1
+
+
+# Mode joint: two sets of parameters and a spring between them
+
+
+def paired(params):
+    """(theta_s, theta_t)."""
+    source = {path.removeprefix(SOURCE): array for path, array in params.items() if path.startswith(SOURCE)}
+    return source, {path: array for path, array in params.items() if not path.startswith(SOURCE)}
+
+
+def unpaired(pair):
+    return {f"{SOURCE}{path}": array for path, array in pair[0].items()} | pair[1]
+
+
+@pytest.mark.parametrize("more", [{}, SPARSE], ids=str)
+def test_joint_training_begins_with_two_copies_of_the_source_and_deploys_that_of_the_target(
+    more, make_model, make_step, make_batch, perturbed, arrays_of, assert_same
+):
+    sources = stacked(make_batch(ROWS, 20))
+    step, state = make_step(make_model(), GradientTransfer(ETA, mode="joint"), batches=sources, **more)
+    loaded = arrays_of(make_model())
+    of_source, of_target = paired(state.params | state.tables)
+    assert_same(of_source, loaded)
+    assert_same(of_target, loaded)
+    assert len(state.tables) == (2 if more else 0) and step.started(state) is state
+    state = perturbed(state, 0.2)
+    of_source, of_target = paired(state.params | state.tables)
+    assert_same(step.evaluated(state), of_target)
+    assert all(np.any(of_source[path] != of_target[path]) for path in of_source)
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "weights"),
+    [
+        ({}, {}, (1.0, 1.0)),
+        ({"sign": 1, "num_steps": 2}, SPARSE, (1.0, 1.0)),
+        ({"scope": ("shared",)}, {"micro_batches": 4}, (2.0, 0.5)),
+        ({"scope": ("embedding", "task"), "sign": 1}, SPARSE, (1.0, 1.0)),
+    ],
+    ids=str,
+)
+def test_joint_steps_descend_both_losses_and_the_distance_between_the_parameters(
+    options, more, weights, make_model, make_step, make_batch, in_turn, perturbed
+):
+    """L_s(theta_s) + L_t(theta_t) + rho/2 |theta_t - T(theta_s)|^2, twice; the balancer weighs the tasks of L_t alone."""
+    strategy = GradientTransfer(ETA, mode="joint", **options)
+    of_tasks = {"balancer": fixed(weights=weights), "options": BalancingOptions(head_gradient="weighted")}
+    step, start = make_step(make_model(), strategy, optimizer=SGD, **of_tasks, **more)
+    start, number, ends = perturbed(start, 0.2), strategy.num_steps + 1, []
+    run = jax.jit(lambda numbers, state, batch: step.with_numbers(numbers)(state, batch)[0])
+    for rho in (0.0, 0.7):
+        numbers = dataclasses.replace(step, adaptation=dataclasses.replace(strategy, rho=rho)).numbers()
+        state, expected = start, start.params | start.tables
+        for seed in (0, 10):
+            target, *sources = (make_batch(ROWS, seed + place) for place in range(number))
+            gradient, _ = pure(paired(expected), target, sources, mode="joint", rho=rho, weights=weights, **options)
+            expected = descended(expected, unpaired(gradient))
+            state = run(numbers, state, in_turn(target, *sources))
+            close(state.params | state.tables, expected)
+        ends.append(expected)
+    free, bound = ends
+    pulled = {path for path in free if np.abs(free[path] - bound[path]).max() > 1e-3}
+    assert pulled >= {path for path in free if inside(path.removeprefix(SOURCE), **scope_of(options))}
+
+
+def scope_of(options):
+    return {"scope": options["scope"]} if "scope" in options else {}
+
+
+def test_a_joint_step_by_rows_moves_what_target_or_source_name_in_both_tables_and_nothing_else(
+    make_model, make_step, make_batch, in_turn, perturbed
+):
+    """Written out: T moves the rows of the source, and the spring acts on the rows of both."""
+    target, source = (take(make_batch(ROWS, seed), jnp.arange(*rows)) for seed, rows in enumerate([(2, 6), (4, 8)]))
+    step, state = make_step(make_model(), GradientTransfer(ETA, 1, mode="joint", rho=0.7), optimizer=SGD, **SPARSE)
+    state = perturbed(state, 0.2)
+    before = state.params | state.tables
+    after, _ = jax.jit(step)(state, in_turn(target, source))
+    named = jnp.isin(jnp.arange(10), jnp.arange(2, 8))[:, None]
+
+    def objective(params):
+        of_source, of_target = paired(params)
+        expected = moved(of_source, [source], sign=1)
+        apart = {path: jnp.square(of_target[path] - expected[path]) for path in expected}
+        apart["tables/user/rows"] *= named
+        return loss(of_source, source) + loss(of_target, target) + 0.35 * sum(map(jnp.sum, apart.values()))
+
+    close(after.params | after.tables, descended(before, jax.jit(jax.grad(objective))(before)))
+    for path, table in after.tables.items():
+        changed = np.any(table != state.tables[path], axis=1)
+        assert np.flatnonzero(changed).tolist() == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "options", [{"mode": "joint", "rho": 0.7}, {"mode": "implicit"}, {"source_weight": 0.5}], ids=str
+)
+def test_a_step_on_padding_leaves_all_but_the_spring_at_rest(options, one_step_of, make_batch):
+    padding = make_batch(ROWS) | {"weight": jnp.zeros(ROWS)}
+    before, after, sums = one_step_of(GradientTransfer(ETA, **options), padding)
+    assert int(sums.steps) == 1
+    if options.get("mode") != "joint":
+        return close(after, before)
+    of_source, of_target = paired(before)
+    pull = {path: 0.7 * (of_target[path] - of_source[path]) for path in of_target}
+    close(after, descended(before, {f"{SOURCE}{path}": -force for path, force in pull.items()} | pull))
+
+
+@pytest.fixture
+def one_step_of(make_model, make_step, in_turn, perturbed):
+    """(strategy, batch of the target and of every source) -> parameters before, after a step of SGD, sums."""
+
+    def run(strategy, batch):
+        step, state = make_step(make_model(), strategy, optimizer=SGD)
+        state = perturbed(state, 0.2)
+        after, sums = jax.jit(step)(state, in_turn(*[batch] * (strategy.batches_beside + 1)))
+        return state.params, after.params, sums
+
+    return run
+
+
+RUN = {"epochs": 2, "batch_size": 8, "patience": 0, "steps_per_call": 1, "checkpoint_seconds": 0}
+
+
+def test_a_joint_run_that_was_stopped_ends_with_the_parameters_of_both_sides_to_the_last_bit(
+    make_data, make_rows, make_model, arrays_of, assert_same, tmp_path
+):
+    """Also what its checkpoints hold, the table of the source among it."""
+    strategy = GradientTransfer(ETA, mode="joint")
+    setup = Setup.of(make_data(), adaptation=strategy, source=make_rows(17, 30), table_updates="sparse", **RUN)
+
+    def session(folder, setup=setup):
+        origin = dict.fromkeys(arrays_of(make_model()), True)
+        member = Member(make_model, seed=1, adaptation=strategy, origin=origin, checkpoints=tmp_path / folder)
+        return Session(setup, member)
+
+    whole = session("whole").run()
+    for calls in (2, 3):
+        asked = iter(range(1, 100))
+        stopping = dataclasses.replace(setup, should_stop=lambda c=calls, a=asked: next(a) == c)
+        with pytest.raises(Interrupted):
+            session("stopped", stopping).run()
+    stopped = session("stopped").run()
+    assert_same(arrays_of(stopped.model), arrays_of(whole.model))
+    assert stopped.metrics == whole.metrics
+    (state, _), (expected, _) = session("stopped").resume(), session("whole").resume()
+    assert_same(state.params | state.tables, expected.params | expected.tables)
+    of_source, of_target = paired(state.params | state.tables)
+    assert of_source.keys() == of_target.keys() == arrays_of(whole.model).keys()
+    assert all(np.any(of_source[path] != of_target[path]) for path in of_source)
+
+
+# Mode implicit: the minimum of the source's losses nearby
+
+
+def minimum(params, sources, *, proximal, scope=tuple(ROOTS)):
+    """Where the descent ends, a step on each batch."""
+    found = params
+    for batch in sources:
+        gradient = jax.grad(loss)(found, batch)
+        found = {
+            path: array - ETA * (gradient[path] + proximal * (array - params[path])) if inside(path, scope) else array
+            for path, array in found.items()
+        }
+    return found
+
+
+def slope_of_minimum(params, target, sources, *, proximal, scope=tuple(ROOTS), num_cg_steps=None):
+    """As of a minimum, with the Hessian of the mean over the batches written out, inverted or by one step."""
+    found = jax.jit(lambda params: minimum(params, sources, proximal=proximal, scope=scope))(params)
+    flat, rebuild = jax.flatten_util.ravel_pytree(found)
+    hessian = np.asarray(jax.jit(jax.hessian(lambda flat: mean_loss(rebuild(flat), sources)))(flat), np.float64)
+    direct = np.asarray(jax.flatten_util.ravel_pytree(jax.jit(jax.grad(loss))(found, target))[0], np.float64)
+    fitted = {path: jnp.full(array.shape, inside(path, scope)) for path, array in params.items()}
+    fitted = np.asarray(jax.flatten_util.ravel_pytree(fitted)[0])
+    matrix, right = hessian[fitted][:, fitted] + proximal * np.eye(fitted.sum()), direct[fitted]
+    solved = (
+        np.linalg.solve(matrix, right) if num_cg_steps is None else right * (right @ right) / (right @ matrix @ right)
+    )
+    gradient = direct.copy()
+    gradient[fitted] = proximal * solved
+    gradient[~fitted] -= hessian[~fitted][:, fitted] @ solved
+    return rebuild(jnp.asarray(gradient, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({"proximal": 3.0, "num_steps": 3}, {}),
+        ({"proximal": 2.0, "scope": ("shared",)}, SPARSE),
+        ({"proximal": 2.0, "scope": ("embedding", "task"), "num_cg_steps": 1}, {"micro_batches": 4}),
+    ],
+    ids=str,
+)
+def test_an_implicit_step_descends_the_target_loss_at_the_minimum(options, more, one_step):
+    """Also what is not fitted, on which the minimum depends; conjugate gradients that stop early are told apart."""
+    before, after, target, sources = one_step(GradientTransfer(ETA, mode="implicit", **options), **more)
+    by_hand = {name: value for name, value in options.items() if name != "num_steps"}
+    close(after, descended(before, slope_of_minimum(before, target, sources, **by_hand)))
+    close(after, descended(before, pure(before, target, sources, mode="implicit", **options)[0]))
+    if "num_cg_steps" in options:
+        exact = slope_of_minimum(before, target, sources, **by_hand | {"num_cg_steps": None})
+        assert max(np.abs(before[path] - RATE * exact[path] - after[path]).max() for path in exact) > 1e-3
+
+
+def test_the_deployed_model_of_implicit_training_is_the_minimum(make_model, make_step, make_batch, perturbed):
+    """On batches that are drawn once; the conjugate gradients have no part in it."""
+    sources, options = (
+        [make_batch(ROWS, 20 + seed) for seed in range(3)],
+        {"proximal": 2.0, "scope": ("shared", "task")},
+    )
+    strategy = GradientTransfer(ETA, num_steps=3, mode="implicit", **options)
+    step, state = make_step(make_model(), strategy, batches=stacked(*sources))
+    state = perturbed(state, 0.2)
+    deployed = step.evaluated(state)
+    close(deployed, jax.jit(lambda params: minimum(params, sources, **options))(state.params))
+    close(deployed, pure(state.params, sources[0], sources, mode="implicit", num_steps=3, **options)[1])
+    np.testing.assert_array_equal(deployed["tables/user/rows"], state.params["tables/user/rows"])
+
+
+# Numbers, combinations and devices
+
+
+@pytest.mark.parametrize("name", ["rho", "proximal"])
+def test_couplings_side_by_side_are_those_alone(name, make_data, make_rows, make_model, arrays_of):
+    mode = {"rho": "joint", "proximal": "implicit"}[name]
+    strategies = [GradientTransfer(0.1, mode=mode, num_steps=2, **{name: value}) for value in (0.3, 3.0)]
+    assert structure(strategies[0]) == structure(strategies[1])
+    origin = dict.fromkeys(arrays_of(make_model()), True)
+    members = [Member(make_model, adaptation=one, origin=origin, optimizer=SGD) for one in strategies]
+    options = RUN | {"adaptation": strategies[0], "source": make_rows(17, 30)}
+    together, alone = (dict(fit_many(members, make_data(), axis=axis, **options)) for axis in ("vmap", "map"))
+    for number in (0, 1):
+        found, expected = arrays_of(together[number].model), arrays_of(alone[number].model)
+        for path in expected:
+            np.testing.assert_allclose(found[path], expected[path], rtol=2e-5, atol=2e-5, err_msg=path)
+    one, other = (arrays_of(result.model) for result in alone.values())
+    assert max(np.abs(one[path] - other[path]).max() for path in one) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "implicit", "sign": 1}, "transfer.mode 'implicit' fits the source and has sign 1; expected -1"),
+        ({"mode": "joint", "source_weight": 0.5}, "transfer.source_weight is 0.5 in mode 'joint'"),
+        ({"mode": "implicit", "source_weight": 0.5}, "transfer.source_weight is 0.5 in mode 'implicit'"),
+        ({"mode": "update", "source_weight": 0.5}, "transfer.source_weight is 0.5 in mode 'update'"),
+        ({"source_weight": -0.5}, r"transfer.source_weight is -0.5; expected a number in \[0"),
+        ({"mode": "joint", "rho": -1.0}, r"transfer.rho is -1.0; expected a number in \[0"),
+        ({"mode": "joint", "rho": float("inf")}, "transfer.rho is inf; expected a number"),
+        ({"mode": "implicit", "proximal": 0.0}, r"transfer.proximal is 0.0; expected a number in \(0"),
+        ({"mode": "implicit", "num_cg_steps": 0}, "transfer.num_cg_steps is 0; expected a whole number from 1"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_or_of_another_mode_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        GradientTransfer(**options)
+
+
+def test_the_source_weight_belongs_to_the_program_and_the_couplings_are_numbers():
+    one, other = (GradientTransfer(source_weight=weight) for weight in (0.1, 0.2))
+    assert structure(one) != structure(other)
+    assert jax.tree.leaves(GradientTransfer(0.1, rho=0.2, proximal=0.3)) == [0.1, 0.2, 0.3]
+
+
+ON_DEVICES = {
+    "constrained": GradientTransfer(0.1, num_steps=2, source_weight=0.5),
+    "joint": GradientTransfer(0.1, 1, mode="joint"),
+    "implicit": GradientTransfer(0.1, mode="implicit", scope=("shared", "task")),
+}
+
+
+def train_on_devices(path):
+    """Writes the models of short runs on one and on four devices."""
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / "train"))
+    from devices_program import SCHEMA, model_of, rows
+
+    data, found = TrainingData("world", SCHEMA, rows(), rows(), "0" * 64), {}
+    source = dataclasses.replace(rows(), dense=-rows().dense)
+    options = {"epochs": 1, "batch_size": 22, "patience": 0, "optimizer": SGD, "table_updates": "sparse"}
+    for name, strategy in ON_DEVICES.items():
+        for devices in (1, 4):
+            result = fit(model_of(MMoE), data, adaptation=strategy, source=source, devices=devices, **options)
+            arrays = Functional.of(result.model)[1]
+            found |= {f"{name}|{devices}|{path}": np.asarray(array) for path, array in arrays.items()}
+    np.savez(path, **found)
+
+
+def test_four_devices_train_what_one_does(tmp_path):
+    """Rows of the target and of the sources are spread over all of them."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, __file__, tmp_path / "found.npz"]
+    run = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with np.load(tmp_path / "found.npz") as arrays:
+        for key in arrays.files:
+            name, devices, path = key.split("|")
+            if devices == "4":
+                np.testing.assert_allclose(arrays[key], arrays[f"{name}|1|{path}"], rtol=1e-5, atol=1e-5, err_msg=key)
+        kernels = [arrays[f"{name}|1|sharing/experts/layers/0/kernel"] for name in ON_DEVICES]
+    assert all(np.abs(kernels[0] - other).max() > 1e-3 for other in kernels[1:])
+
+
+if __name__ == "__main__":
+    train_on_devices(sys.argv[1])

@@ -29,6 +29,7 @@ from mtl_jax.transfer import (
     LinearMap,
     LinearProbe,
     LoRA,
+    LwF,
     NonlinearMap,
     Pooled,
     Scratch,
@@ -78,6 +79,7 @@ CASES = {
     "distill": Case(Distill(), ALL),
     "feature_distill": Case(FeatureDistill(), ALL),
     "bss": Case(BSS(), ALL),
+    "lwf": Case(LwF(), ALL | {f"aux/lwf/{path}" for path in TOWERS}),
     "lora": Case(LoRA(2), beside("aux/lora", KERNELS, "a", "b") | TOWERS, KERNELS | TOWERS),
     "lora of one": Case(
         LoRA(2, targets=".*/0/kernel", rank_stabilised=True),

@@ -1,0 +1,73 @@
+"""Learning without forgetting: the source's towers keep saying of the target's rows what they said before."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mtl_jax.arguments import check_number
+from mtl_jax.balancing.base import register
+from mtl_jax.train.adaptation import TEACHER, Adaptation, is_zero, mean_over_rows
+from mtl_jax.transfer.distill import distance
+from mtl_jax.transfer.fine_tune import FineTune
+from mtl_jax.transfer.kernels import of_tasks
+
+OLD = "aux/lwf"
+"""Where the source's towers are trained on, beside those of the target."""
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LwF(Adaptation):
+    r"""Fine-tuning with the source's towers kept beside the target's, on the layers that both share.
+
+    .. math:: L_t + \lambda T^2 \, \overline{\mathrm{KL}(p^0(x_t) \,\|\, p(x_t))}
+
+    p are the outputs of the source's towers, which go on being trained by this term alone, and p^0 what the source's model
+    says of the same rows of the target. Distances of other kinds of tasks as in :class:`mtl_jax.transfer.Distill`, from
+    which it differs in that the target's towers are free. The deployed model has the target's towers only.
+
+    Attributes:
+      weight: :math:`\lambda \ge 0`.
+      temperature: :math:`T > 0`.
+      t_squared: Whether the term has the factor :math:`T^2`, which the paper's loss lacks: with it the size of the gradient
+        does not fall with T.
+
+    Raises:
+      ConfigError: By ``penalty``, for a task of a kind without such a distance.
+
+    References:
+      Li, Hoiem, *Learning without Forgetting*, ECCV 2016.
+    """
+
+    adapts: ClassVar[bool] = True
+    penalises: ClassVar[bool] = True
+    reads_rows: ClassVar[bool] = True
+
+    weight: float = 1.0
+    temperature: float = 2.0
+    t_squared: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def __post_init__(self):
+        check_number(self.weight, "transfer.weight", least=0)
+        check_number(self.temperature, "transfer.temperature", above=0)
+
+    def simplified(self):
+        return FineTune() if is_zero(self.weight) else self
+
+    def init(self, params, origin, key):
+        old = {f"{OLD}/{path}": jnp.copy(array) for path, array in params.items() if of_tasks(path)}
+        return params | old, {TEACHER: {path: jnp.copy(array) for path, array in params.items()}}
+
+    def adapt(self, params, kept, loss, batches):
+        return {path: array for path, array in params.items() if not path.startswith(f"{OLD}/")}
+
+    def penalty(self, params, kept, view):
+        model = self.adapt(params, kept, None, None)
+        with_old = {path: params.get(f"{OLD}/{path}", array) for path, array in model.items()}
+        before = jax.lax.stop_gradient(view.outputs(kept[TEACHER], train=False))
+        now = view.outputs(with_old, train=True)
+        distances = [distance(task, before[task.name], now[task.name], self.temperature) for task in view.tasks]
+        scale = self.weight if self.t_squared else self.weight / self.temperature**2
+        return scale * sum(mean_over_rows(rows, view.weight) for rows in distances)

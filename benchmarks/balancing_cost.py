@@ -62,7 +62,8 @@ def main() -> None:
     for tasks in options.tasks:
         for encoder in options.encoders:
             units = tuple(map(int, encoder.split("-")))
-            case = Case(tasks=tasks, units=units, batch_size=options.batch_size, steps=options.steps)
+            given = {key: getattr(options, key) for key in ("batch_size", "steps", "row_stride", "update_every")}
+            case = Case(tasks=tasks, units=units, **given)
             with Busy() as clock:
                 runs += measured_steps(case, options, peer, about)
             busy.append(clock.share)
@@ -84,6 +85,8 @@ def main() -> None:
             "steps": options.steps,
             "repeats": options.repeats,
             "threads": options.threads,
+            "row_stride": options.row_stride,
+            "update_every": options.update_every,
         },
         "runs": runs,
         "solver_runs": solvers,
@@ -105,6 +108,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="rounds, of which medians are shown (default: 5)")
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=32, help="of a measurement, in one compiled call (default: 32)")
+    parser.add_argument(
+        "--row-stride", type=int, default=1, help="ours compares gradients on every n-th row (balancing.row_stride)"
+    )
+    parser.add_argument(
+        "--update-every", type=int, default=1, help="ours compares them every n-th step (balancing.update_every)"
+    )
     parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="cores to use (default: all)")
     parser.add_argument("--peer-python", type=Path, help="interpreter with torch and torchjd[full]")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
@@ -115,7 +124,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, value in (full | (QUICK if options.quick else {})).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    for name in ("tasks", "solver_tasks", "repeats", "batch_size", "steps", "threads"):
+    for name in (
+        "tasks", "solver_tasks", "repeats", "batch_size", "steps", "threads", "row_stride", "update_every"
+    ):  # fmt: skip
         value = getattr(options, name)
         if min(value if isinstance(value, list) else [value], default=1) < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected numbers >= 1")

@@ -50,12 +50,16 @@ class Case:
       units: Widths of the shared layers, on an input of ``NUM_DENSE`` numbers.
       batch_size: Rows of a step.
       steps: Of a measurement.
+      row_stride: Gradients are compared on every n-th row, by methods from the Gramian of one batch (ours only).
+      update_every: Steps from one comparison to the next, of the same methods (ours only).
     """
 
     tasks: int
     units: tuple[int, ...]
     batch_size: int
     steps: int
+    row_stride: int = 1
+    update_every: int = 1
 
     @classmethod
     def parse(cls, description: str | None, arguments: Sequence[str] | None = None) -> tuple["Case", list[str]]:
@@ -65,13 +69,17 @@ class Case:
         parser.add_argument("--encoder", type=int, nargs="+", default=[64, 32])
         parser.add_argument("--batch-size", type=int, default=2048)
         parser.add_argument("--steps", type=int, default=32)
+        parser.add_argument("--row-stride", type=int, default=1)
+        parser.add_argument("--update-every", type=int, default=1)
         parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
         options = parser.parse_args(arguments)
-        return cls(options.tasks, tuple(options.encoder), options.batch_size, options.steps), options.methods
+        numbers = options.batch_size, options.steps, options.row_stride, options.update_every
+        return cls(options.tasks, tuple(options.encoder), *numbers), options.methods
 
     def arguments(self, methods: Sequence[str]) -> list[str]:
         """What :meth:`parse` reads."""
         numbers = {"--tasks": self.tasks, "--batch-size": self.batch_size, "--steps": self.steps}
+        numbers |= {"--row-stride": self.row_stride, "--update-every": self.update_every}
         flags = [str(part) for pair in numbers.items() for part in pair]
         return [*flags, "--encoder", *map(str, self.units), "--methods", *methods]
 
@@ -222,12 +230,16 @@ class Steps:
             towers=functools.partial(Tower, units=(), dropout=0.0),
             rngs=nnx.Rngs(0),
         )
+        used = balancer(method)
+        options = {"scope": scope} if scope else {}
+        if used.needs == "gramian" and used.num_batches == 1 and not used.owns_step:
+            options |= {"row_stride": self.case.row_stride, "update_every": self.case.update_every}
         step, state = Step.of(
             model,
             self.schema.tasks,
             key=jax.random.key(0),
-            balancer=balancer(method),
-            options=BalancingOptions(scope=scope) if scope else BalancingOptions(),
+            balancer=used,
+            options=BalancingOptions(**options),
             optimizer=Optimizer(learning_rate=LEARNING_RATE),
         )
         numbers, order = step.numbers(), self._order(step.balancer.num_batches)

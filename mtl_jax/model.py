@@ -21,6 +21,8 @@ from mtl_jax.tasks import Task
 OUTPUTS = "outputs"
 """Where the parameters of a task's loss lie, beside its tower."""
 TASK, LINKED = "task", "linked"
+COPY = "aux/copy"
+"""Where copies of a model's parameters are that are trained beside it; they follow the rules of what they are copies of."""
 ENCODING = ("encoder", "histories")
 """Where the layers lie that make the strategy's input, beside the tables."""
 
@@ -402,7 +404,7 @@ def path_name(path: tuple, model: nnx.Module) -> str:
 
 def label(path: str) -> str:
     """The label of a parameter, from its path: ``embedding``, ``shared``, ``task/<name>`` or ``aux/<name>``."""
-    parts = path.split("/")
+    parts = path.removeprefix(f"{COPY}/").split("/")
     if parts[0] == "tables" or (parts[0] == LINKED and is_table(path)):  # first: a vocabulary may be named 'task'
         return "embedding"
     if parts[0] in ENCODING:  # a feature may be so named too
@@ -430,7 +432,7 @@ def of_encoder(path: str) -> bool:
 @functools.cache
 def of_loss(path: str) -> bool:
     """Whether the path is a parameter of a task's loss (cutpoints, dispersion), and no weight of the network."""
-    parts = path.split("/")
+    parts = path.removeprefix(f"{COPY}/").split("/")
     return len(parts) > 3 and parts[0] == "task" and parts[2] == OUTPUTS
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.arguments import check_count, shown
@@ -213,7 +212,8 @@ def implicit_update(
 
     It is found by gradient descent from :math:`\theta`, and differentiated as the minimum that it is meant to be: by
     conjugate gradients with :math:`H + \lambda I`, whatever the steps were. What lies outside of the mask moves the minimum
-    as well, and gets that part of the gradient too.
+    as well, and gets that part of the gradient too. Where H + proximal I is not positive there is no such minimum: the
+    conjugate gradients then stop at what they have. A proximal above the concavity of the loss keeps it positive.
 
     Args:
       loss: As for :func:`gradient_update`; with batches the minimum is that of the mean over them.
@@ -257,11 +257,52 @@ def implicit_update(
         # What holds at the minimum: slope + proximal (phi - theta) = 0. Its value is left out and its derivative kept.
         held = [g - proximal * s for g, s in zip(slope(fitted, fixed), start, strict=True)]
         right = [jax.lax.stop_gradient(h) - h for h in held]
-        tolerance = 10 * float(jnp.finfo(jnp.result_type(*fitted)).eps)
-        moves, _ = cg(matrix, right, tol=tolerance, maxiter=num_cg_steps)
+
+        def solve(matrix, right):
+            return _conjugate_gradients(matrix, right, proximal, num_cg_steps)
+
+        moves = jax.lax.custom_linear_solve(matrix, right, solve, symmetric=True)
         return rebuild([f + m for f, m in zip(fitted, moves, strict=True)], fixed)
 
     return update
+
+
+def _conjugate_gradients(
+    matrix: Callable[[list[Array]], list[Array]], right: list[Array], proximal: Any, num_steps: int
+) -> list[Array]:
+    """x with (H + proximal I) x = right, from steps that stop where the matrix is not positive: beyond, they find nothing.
+
+    Where that is so along ``right`` itself, x is ``right / proximal``, as if H were 0.
+    """
+
+    def dot(one, other):
+        return sum(jnp.vdot(a, b) for a, b in zip(one, other, strict=True))
+
+    def add(one, scale, other):
+        return [a + scale * b for a, b in zip(one, other, strict=True)]
+
+    enough = (10 * float(jnp.finfo(jnp.result_type(*right)).eps)) ** 2 * dot(right, right)
+
+    def body(carry):
+        x, residual, direction, square, number, _ = carry
+        image = matrix(direction)
+        curvature = dot(direction, image)
+        positive = curvature > 0
+        size = jnp.where(positive, square / jnp.where(positive, curvature, 1.0), 0.0)
+        x, residual = add(x, size, direction), add(residual, -size, image)
+        new = dot(residual, residual)
+        direction = add(residual, new / jnp.where(square > 0, square, 1.0), direction)
+        return x, residual, direction, new, number + 1, positive
+
+    def goes_on(carry):
+        *_, square, number, positive = carry
+        return positive & (square > enough) & (number < num_steps)
+
+    zero = [jnp.zeros_like(r) for r in right]
+    start = (zero, right, right, dot(right, right), jnp.zeros((), jnp.int32), jnp.array(True))
+    x, *_, number, positive = jax.lax.while_loop(goes_on, body, start)
+    at_once = ~positive & (number == 1)
+    return [jnp.where(at_once, r / proximal, s) for r, s in zip(right, x, strict=True)]
 
 
 def _split(params: PyTree, mask: PyTree[bool] | None) -> tuple[list[Array], list[Array], Callable[..., PyTree]]:

@@ -9,13 +9,10 @@ import jax.numpy as jnp
 from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import label
+from mtl_jax.model import COPY, label
 from mtl_jax.train.adaptation import Adaptation, is_zero
 from mtl_jax.transfer.fine_tune import FineTune
 from mtl_jax.transfer.gradient import MODES, gradient_update, implicit_update
-
-SOURCE = "aux/source"
-"""Where the parameters of the source are in mode ``joint``, beside those of the target."""
 
 
 @register
@@ -41,7 +38,8 @@ class GradientTransfer(Adaptation):
 
     :math:`\ell_s` is the sum of the tasks' losses on a batch of the source, another one in each of the steps of T and of
     training. The deployed model is T(theta) with batches that are drawn once, theta_t in ``joint`` and the minimum in
-    ``implicit``. New towers lie outside of :math:`\Pi`.
+    ``implicit``. New towers lie outside of :math:`\Pi`. In tables updated by rows the coupling of ``joint`` acts on the
+    rows that a step names.
 
     Attributes:
       step_size: :math:`\eta \ge 0`.
@@ -119,11 +117,11 @@ class GradientTransfer(Adaptation):
     def init(self, params, origin, key):
         if self.mode != "joint":
             return params, {}
-        return params | {f"{SOURCE}/{path}": jnp.copy(array) for path, array in params.items()}, {}
+        return params | {f"{COPY}/{path}": jnp.copy(array) for path, array in params.items()}, {}
 
     def adapt(self, params, kept, loss, batches):
         if self.mode == "joint":
-            return {path: array for path, array in params.items() if not path.startswith(f"{SOURCE}/")}
+            return {path: array for path, array in params.items() if not path.startswith(f"{COPY}/")}
         if self.mode == "implicit":
             options = {"proximal": self.proximal, "num_cg_steps": self.num_cg_steps}
             return implicit_update(loss, **self._options(params, batches), **options)(params)
@@ -132,7 +130,7 @@ class GradientTransfer(Adaptation):
     def penalty(self, params, kept, view):
         if self.mode != "joint":
             return self.source_weight * self._mean(params, view)
-        source = {path.removeprefix(f"{SOURCE}/"): array for path, array in params.items() if path.startswith(SOURCE)}
+        source = {path.removeprefix(f"{COPY}/"): array for path, array in params.items() if path.startswith(f"{COPY}/")}
         moved = self._update(source, view.source_loss, view.batches)(source)
         distance = sum(jnp.sum(jnp.square(params[path] - moved[path])) for path in moved if self._in_scope(path))
         return self._mean(source, view) + self.rho / 2 * distance

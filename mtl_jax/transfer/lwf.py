@@ -8,13 +8,11 @@ import jax.numpy as jnp
 
 from mtl_jax.arguments import check_number
 from mtl_jax.balancing.base import register
+from mtl_jax.model import COPY
 from mtl_jax.train.adaptation import TEACHER, Adaptation, is_zero, mean_over_rows
 from mtl_jax.transfer.distill import distance
 from mtl_jax.transfer.fine_tune import FineTune
 from mtl_jax.transfer.kernels import of_tasks
-
-OLD = "aux/lwf"
-"""Where the source's towers are trained on, beside those of the target."""
 
 
 @register
@@ -57,15 +55,15 @@ class LwF(Adaptation):
         return FineTune() if is_zero(self.weight) else self
 
     def init(self, params, origin, key):
-        old = {f"{OLD}/{path}": jnp.copy(array) for path, array in params.items() if of_tasks(path)}
+        old = {f"{COPY}/{path}": jnp.copy(array) for path, array in params.items() if of_tasks(path)}
         return params | old, {TEACHER: {path: jnp.copy(array) for path, array in params.items()}}
 
     def adapt(self, params, kept, loss, batches):
-        return {path: array for path, array in params.items() if not path.startswith(f"{OLD}/")}
+        return {path: array for path, array in params.items() if not path.startswith(f"{COPY}/")}
 
     def penalty(self, params, kept, view):
         model = self.adapt(params, kept, None, None)
-        with_old = {path: params.get(f"{OLD}/{path}", array) for path, array in model.items()}
+        with_old = {path: params.get(f"{COPY}/{path}", array) for path, array in model.items()}
         before = jax.lax.stop_gradient(view.outputs(kept[TEACHER], train=False))
         now = view.outputs(with_old, train=True)
         distances = [distance(task, before[task.name], now[task.name], self.temperature) for task in view.tasks]

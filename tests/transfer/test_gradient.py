@@ -279,3 +279,23 @@ def test_numbers_ride_a_run_axis():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         gradient_transfer(source, target, jnp.array(2.0), **{"step_size": 0.1} | options)
+
+
+def test_where_there_is_no_minimum_the_implicit_gradient_is_finite():
+    """Along the first direction H + proximal is -1: as if H were 0; and one positive direction is still solved."""
+    curvature = jnp.array([-2.0, 3.0])
+
+    def gradient(slope):
+        found = gradient_transfer(
+            lambda p: 0.5 * p @ (curvature * p),
+            lambda p: jnp.dot(jnp.array(slope), p),
+            jnp.array([0.5, 0.5]),
+            step_size=0.01,
+            mode="implicit",
+            proximal=1.0,
+        )
+        return np.asarray(found[1])
+
+    np.testing.assert_allclose(gradient([1.0, 0.0]), [1.0, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(gradient([0.0, 1.0]), [0.0, 0.25], rtol=1e-5)
+    assert np.isfinite(gradient([1.0, 1.0])).all()

@@ -8,7 +8,7 @@ import pytest
 from mtl_jax.train import Optimizer
 from mtl_jax.transfer import FineTune, LwF
 
-OLD = "aux/lwf/"
+OLD = "aux/copy/"
 
 
 def updates(make_model, make_step, make_batch, strategy, steps=1):

@@ -79,7 +79,7 @@ CASES = {
     "distill": Case(Distill(), ALL),
     "feature_distill": Case(FeatureDistill(), ALL),
     "bss": Case(BSS(), ALL),
-    "lwf": Case(LwF(), ALL | {f"aux/lwf/{path}" for path in TOWERS}),
+    "lwf": Case(LwF(), ALL | {f"aux/copy/{path}" for path in TOWERS}),
     "lora": Case(LoRA(2), beside("aux/lora", KERNELS, "a", "b") | TOWERS, KERNELS | TOWERS),
     "lora of one": Case(
         LoRA(2, targets=".*/0/kernel", rank_stabilised=True),

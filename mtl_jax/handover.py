@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl_jax.data.encode import encode
-from mtl_jax.errors import ConfigError, Interrupted, RunFolderError
+from mtl_jax.errors import ConfigError, Interrupted, RunFolderError, TrainingError
 from mtl_jax.job import Job, Shared, name_of
 from mtl_jax.metrics.kinds import LOWER_IS_BETTER
 from mtl_jax.report.folder import RunFolder
@@ -109,7 +109,13 @@ def trained_source(
                 if not found:
                     parts = build_parts(config) | {"should_stop": should_stop}
                     job.handover = hand_over(config, shared)
-                    record = job.train(parts, kept=saved)
+                    if name in shared.failed:
+                        raise shared.failed[name]
+                    try:
+                        record = job.train(parts, kept=saved)
+                    except TrainingError as error:
+                        shared.failed[name] = error
+                        raise
                 return Artefact.read(folder / ARTEFACT), record
         except RunFolderError as error:
             if IN_USE not in str(error):

@@ -16,7 +16,7 @@ import yaml
 from mtl_jax import metrics
 from mtl_jax.data.dataset import Dataset, Encoded
 from mtl_jax.data.domains import joined
-from mtl_jax.errors import Interrupted, MtlJaxError, RunFolderError
+from mtl_jax.errors import Interrupted, MtlJaxError, RunFolderError, TrainingError
 from mtl_jax.report.compare import below_baseline
 from mtl_jax.report.folder import RunFolder, config_hash, run_id
 from mtl_jax.report.record import RecordError, new_record, source_state, validate, versions
@@ -35,12 +35,14 @@ METHOD = ("sharing", "link", "balancing", "transfer")
 @dataclasses.dataclass
 class Shared:
     """What runs of one process need not read, fit or compile again: data sets, baselines, and optimizers, which compiled
-    programs are found by. With ``programs`` set, compiled programs are kept for later arms as well."""
+    programs are found by. With ``programs`` set, compiled programs are kept for later arms as well. Why the training of a
+    source failed is kept by its run id: it would fail again for every target."""
 
     datasets: dict[str, Dataset] = dataclasses.field(default_factory=dict)
-    fitted: dict[tuple[str, str], dict[str, Any]] = dataclasses.field(default_factory=dict)
+    fitted: dict[tuple[str, ...], dict[str, Any]] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, Optimizer] = dataclasses.field(default_factory=dict)
     programs: dict[str, dict[Any, Any]] | None = None
+    failed: dict[str, TrainingError] = dataclasses.field(default_factory=dict)
 
     def dataset(self, config: Mapping[str, Any]) -> Dataset:
         """The data set of a configuration: all of its data, or the domains that are its target."""
@@ -55,14 +57,14 @@ class Shared:
 
     def continuation(self, target: Dataset, source: Dataset) -> Dataset:
         """The target's data, encoded as a continuation of the source's (see :func:`mtl_jax.data.domains.joined`)."""
-        key = _text([target.identity, source.identity])
+        key = _text([[one.identity, one.schema.task_names] for one in (target, source)])
         if key not in self.datasets:
             self.datasets[key] = dataclasses.replace(target, schema=joined(target.schema, source.schema))
         return self.datasets[key]
 
     def baselines(self, dataset: Dataset, part: str, rows_of: Callable[[Dataset], Encoded]) -> dict[str, Any]:
         """Metrics of the trivial predictors on a part, which ``rows_of`` gives."""
-        key = (dataset.identity, part)
+        key = (dataset.identity, *dataset.schema.task_names, part)
         if key not in self.fitted:
             self.fitted[key] = metrics.baselines.evaluate_baselines(dataset.for_training(), rows_of(dataset))
         return self.fitted[key]

@@ -9,7 +9,7 @@ from mtl_jax import metrics
 from mtl_jax.arguments import shown
 from mtl_jax.config import build
 from mtl_jax.data.dataset import Dataset, Encoded
-from mtl_jax.data.domains import of_domains
+from mtl_jax.data.domains import check_domains, of_domains
 from mtl_jax.data.encode import encode
 from mtl_jax.data.reduction import Reduction
 from mtl_jax.errors import ConfigError
@@ -103,7 +103,8 @@ def source_config(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
 
 
 def target_of(whole: Dataset, config: Mapping[str, Any]) -> Dataset:
-    """The target's rows, with the share of them that the configuration keeps."""
+    """The target's rows, with the share of them that the configuration keeps; unknown sources show here, too."""
+    check_domains(whole, domains_of(config["source"]))
     node = config["data"]
     reduction = Reduction.of(node.get("target_fraction", 1.0), node.get("valid_fraction"))
     return of_domains(whole, domains_of(config["target"]), reduction=reduction)

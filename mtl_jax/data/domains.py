@@ -26,16 +26,8 @@ def of_domains(dataset: Dataset, names: Sequence[str], *, reduction: Reduction |
       ConfigError: The data set has no domains, or none of such a name.
       SchemaError, LabelError: Too little is left to train, select or test on.
     """
+    check_domains(dataset, names)
     schema = dataset.schema
-    if schema.domain is None:
-        raise ConfigError(
-            f"'{dataset.name}' has no domains to be source or target; expected data with a domain column. Name it "
-            "(data.domain), or choose other data"
-        )
-    if unknown := [name for name in names if name not in schema.domains]:
-        raise ConfigError(
-            f"'{dataset.name}' has no domains {unknown}; expected some of {list(schema.domains)}. Change it"
-        )
     own = dataset.frame[schema.domain].cast(pl.String)
     if schema.default_domain in names:
         own = pl.Series(np.where(own.is_in(list(schema.domains)), own, schema.default_domain))
@@ -58,6 +50,19 @@ def of_domains(dataset: Dataset, names: Sequence[str], *, reduction: Reduction |
         info={key: value for key, value in dataset.info.items() if key in ("version", "source", "files")}
         | {"domains": sorted(names)},
     )
+
+
+def check_domains(dataset: Dataset, names: Sequence[str]) -> None:
+    """Raises a ConfigError for names of domains that a data set does not have, and for data without any."""
+    if dataset.schema.domain is None:
+        raise ConfigError(
+            f"'{dataset.name}' has no domains to be source or target; expected data with a domain column. Name it "
+            "(data.domain), or choose other data"
+        )
+    if unknown := [name for name in names if name not in dataset.schema.domains]:
+        raise ConfigError(
+            f"'{dataset.name}' has no domains {unknown}; expected some of {list(dataset.schema.domains)}. Change it"
+        )
 
 
 def joined(target: Schema, source: Schema) -> Schema:

@@ -185,11 +185,13 @@ def test_a_mistake_is_one_clear_message(finished, call, overrides, words):
     cwd, _ = finished
     status, _, message = call(*SMALL, SCARCE, *overrides, cwd=cwd)
     assert status in (1, 2)
-    assert message.startswith("ConfigError: ") and "Traceback" not in message
+    found, _, said = message.rpartition("ConfigError: ")
+    assert "Traceback" not in message and all(line.startswith("source ") for line in found.splitlines())
     for word in words:
-        assert word in message, word
-    for path in cwd.glob("outputs/*/*/result.json"):
-        assert read(path)["status"] == "completed"
+        assert word in said, word
+    if not found:  # nothing was begun, so nothing says that it failed
+        for path in cwd.glob("outputs/*/*/result.json"):
+            assert read(path)["status"] == "completed"
 
 
 # --- ablations --------------------------------------------------------------------------------------------------------

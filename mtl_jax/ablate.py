@@ -272,7 +272,7 @@ def _of_setup(config: Mapping[str, Any]) -> list[Any]:
         config[key] for key in ("data", "objective", "parallel", "training", "source", "target", "select", "loading")
     ]
     apart = None if config["select"] == "given" else config["seed"]  # each seed may choose another source
-    return [trainer, options, common, apart, str(structure(adaptation_of(config)))]
+    return [trainer, options, common, apart, str(structure(adaptation_of(config).simplified()))]
 
 
 def _of_program(config: Mapping[str, Any]) -> dict[str, Any]:

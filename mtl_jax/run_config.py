@@ -26,7 +26,7 @@ from mtl_jax.watch import check_options
 KEYS = (
     "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "history", "towers",
     "link", "prior", "training", "match_parameters", "seed", "folds", "allow", "output_dir", "transfer", "source",
-    "target", "select", "loading",
+    "target", "select", "loading", "pretraining",
 )  # fmt: skip
 COMMAND_KEYS = ("summary",)
 """What the command line reads itself, and no run has."""
@@ -35,7 +35,19 @@ TRAINER_KEYS = (
     "micro_batches", "precision", "average", "order_seed", "epoch_steps", *WATCH_KEYS,
 )  # fmt: skip
 PARALLEL_KEYS = ("strategy", "devices")
-NODES = ("data", "sharing", "balancing", "optimizer", "objective", "encoder", "history", "towers", "link", "transfer")
+NODES = (
+    "data",
+    "sharing",
+    "balancing",
+    "optimizer",
+    "objective",
+    "encoder",
+    "history",
+    "towers",
+    "link",
+    "transfer",
+    "pretraining",
+)
 MODEL_PARTS = {"encoder": nnx.Module, "history": nnx.Module, "sharing": Strategy, "towers": nnx.Module, "link": Link}
 MAX_SEED = 2**32 - 1
 OPTION_KEYS = tuple(field.name for field in dataclasses.fields(BalancingOptions))

@@ -44,7 +44,12 @@ def check_transfer(config: Mapping[str, Any]) -> None:
     if not isinstance(node, Mapping) or set(node) != set(LOADING):
         raise ConfigError(f"loading is {shown(node)}; expected a mapping with {list(LOADING)}. Change it")
     _check_patterns(node)
-    adaptation = adaptation_of(config)
+    adaptation, before = adaptation_of(config), adaptation_of(config, "pretraining")
+    if before.needs_source or before.needs_rows:
+        raise ConfigError(
+            f"pretraining '{type(before).__name__}' takes over from a source, which the source of a transfer does not have; "
+            "expected scratch, or a method that learns over domains (maml, reptile, ...). Change it"
+        )
     needs = adaptation.needs_source or adaptation.needs_rows
     if needs and (config["source"] is None or config["target"] is None):
         absent = [key for key in ("source", "target") if config[key] is None]
@@ -85,20 +90,27 @@ def _check_patterns(node: Mapping[str, Any]) -> None:
             ) from None
 
 
-def adaptation_of(config: Mapping[str, Any]) -> Adaptation:
-    """What ``transfer`` describes."""
-    made = build(config["transfer"], allow=config["allow"], place="transfer")
+def adaptation_of(config: Mapping[str, Any], place: str = "transfer") -> Adaptation:
+    """What ``transfer`` or ``pretraining`` describes."""
+    made = build(config[place], allow=config["allow"], place=place)
     if not isinstance(made, Adaptation):
         raise ConfigError(
-            f"transfer has _target_ {shown(config['transfer']['_target_'])}, which makes a {type(made).__name__}; expected "
+            f"{place} has _target_ {shown(config[place]['_target_'])}, which makes a {type(made).__name__}; expected "
             "an Adaptation. Choose one of conf/transfer"
         )
     return made
 
 
 def source_config(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The run that trains the source: the same one, from scratch, on the source's domains and on all of their rows."""
-    alone = {"transfer": SCRATCH, "source": None, "target": sorted(names), "select": "given", "loading": LOADING}
+    """The run that trains the source: the same one on all rows of the source's domains, by ``pretraining``."""
+    alone = {
+        "transfer": config["pretraining"],
+        "pretraining": SCRATCH,
+        "source": None,
+        "target": sorted(names),
+        "select": "given",
+        "loading": LOADING,
+    }
     return dict(config) | {"data": whole_data(config["data"])} | alone
 
 

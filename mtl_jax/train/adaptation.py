@@ -32,6 +32,19 @@ class Kept(NamedTuple):
     batches: PyTree = None
 
 
+class Episodes(NamedTuple):
+    """Steps whose rows come from several domains.
+
+    Attributes:
+      num_domains: Of a step.
+      blocks: Of the rows that each of them has in a step. The last is trained on, the others are for
+        :meth:`Adaptation.adapt_to_domains`.
+    """
+
+    num_domains: int
+    blocks: int
+
+
 class View(NamedTuple):
     """What a penalty sees of a batch beside the parameters.
 
@@ -65,8 +78,13 @@ class Adaptation:
       starts: Whether training starts from what :meth:`adapt` makes of the model's values, once.
       penalises: Whether there is a :meth:`penalty`.
       reads_rows: Whether the penalty depends on the rows of a step, and not on parameters alone.
-      source_batches: Batches of source rows that :meth:`adapt` reads.
+      source_batches: Batches of rows that :meth:`adapt` reads beside the step's own.
+      reads_target: Whether these are rows of the target, and not of the source.
       source_row_weight: Row weight of the source's rows where they are trained on like the target's; None: they are not.
+      interpolates: Whether a step goes from the parameters to the mean of those that are adapted to its domains, with the
+        distance in place of a gradient, and not along the gradient of the domains' losses.
+      by_domain: Whether it tells the domains of the rows that it trains on, of which there have to be two at least.
+      episodes: Of which rows a step consists, where they come from several domains; None: of any.
     """
 
     needs_source: ClassVar[bool] = True
@@ -75,6 +93,10 @@ class Adaptation:
     starts: ClassVar[bool] = False
     penalises: ClassVar[bool] = False
     reads_rows: ClassVar[bool] = False
+    reads_target: ClassVar[bool] = False
+    interpolates: ClassVar[bool] = False
+    by_domain: ClassVar[bool] = False
+    episodes: ClassVar[Episodes | None] = None
 
     @property
     def source_batches(self) -> int:
@@ -92,10 +114,14 @@ class Adaptation:
     @property
     def needs_rows(self) -> bool:
         """Whether rows of the source are needed."""
-        return self.source_batches > 0 or self.source_row_weight is not None
+        return (self.source_batches > 0 and not self.reads_target) or self.source_row_weight is not None
 
     def simplified(self) -> "Adaptation":
         """Itself; or what is left of it where a coefficient is the constant 0, whose term is then not computed at all."""
+        return self
+
+    def for_domains(self, number: int) -> "Adaptation":
+        """Itself, for rows of so many domains."""
         return self
 
     def phases(self) -> tuple[Callable[[str], bool], ...]:
@@ -120,6 +146,22 @@ class Adaptation:
     def adapt(self, params: Params, kept: dict[str, Params], loss: SourceLoss, batches: PyTree) -> Params:
         """The model's parameters from those that are trained; differentiable. ``batches`` lead with an axis of them."""
         return params
+
+    def adapt_to_domains(self, params: Params, kept: dict[str, Params], loss: SourceLoss, rows: PyTree) -> Params:
+        """The model's parameters for each domain of a step, along a leading axis; differentiable.
+
+        Args:
+          params: What is trained.
+          kept: As from ``init``.
+          loss: (parameters of the model, rows) -> the sum of the tasks' losses.
+          rows: Of the step, with the leading axes of ``episodes``: domains and blocks.
+        """
+        raise NotImplementedError
+
+    def domain_weights(self) -> Float[Array, " domain"]:
+        """What the loss of each domain of a step counts."""
+        number = self.episodes.num_domains
+        return jnp.full(number, 1 / number)
 
     def penalty(self, params: Params, kept: dict[str, Params], view: "View") -> Float[Array, ""]:
         """Is added to the objective beside the balanced losses, with weight 1. Of tables it may see some rows only."""

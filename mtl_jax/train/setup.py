@@ -14,7 +14,7 @@ import optax
 
 from mtl_jax import metrics
 from mtl_jax.balancing import Balancer, equal
-from mtl_jax.data.batching import as_batch, epoch_order, take
+from mtl_jax.data.batching import as_batch, episode_order, epoch_order, take
 from mtl_jax.data.dataset import Dataset, Encoded, TrainingData, concatenated
 from mtl_jax.data.schema import Schema
 from mtl_jax.errors import ConfigError
@@ -161,7 +161,7 @@ class Setup:
         where = Devices(parallel, devices)
         train, num_source = data.train, 0
         if adaptation is not None:
-            adaptation = adaptation.simplified()
+            adaptation = _for_domains(adaptation.simplified(), data)
             _check_source(adaptation, source, training)
             if adaptation.needs_rows:
                 weight = adaptation.source_row_weight
@@ -169,6 +169,8 @@ class Setup:
         pooled = adaptation is not None and adaptation.source_row_weight is not None
         num_trained = data.train.num_rows + (num_source if pooled else 0)
         batch_size = min(batch_size, num_trained)
+        if adaptation is not None and adaptation.episodes:
+            batch_size = max(1, batch_size // math.prod(adaptation.episodes))
         if micro_batches > batch_size:
             raise ConfigError(
                 f"trainer.micro_batches is {micro_batches} for batches of {batch_size} rows; expected at most one a row. "
@@ -201,8 +203,10 @@ class Setup:
 
     @property
     def num_batches(self) -> int:
-        """Batches of a step: of the target, and of the source beside it."""
-        return 1 + (self.adaptation.batches_beside if self.adaptation is not None else 0)
+        """Batches of a step: of the target, and of the source beside it; or of several domains."""
+        if self.adaptation is None:
+            return 1
+        return math.prod(self.adaptation.episodes) if self.adaptation.episodes else 1 + self.adaptation.batches_beside
 
     def padded_size(self, member: Member) -> int:
         """Rows of a step with its padding, which devices, micro-batches and the batches of a balancer divide."""
@@ -215,6 +219,8 @@ class Setup:
 
         A function of the member's seed and the epoch alone, as :func:`mtl_jax.data.batching.epoch_order` is.
         """
+        if self.adaptation is not None and self.adaptation.episodes:
+            return self._episodes(member, epoch)
         beside = self.num_batches - 1
         passes = math.ceil((self.epoch_steps or 1) / math.ceil(self.num_trained / self.batch_size))
 
@@ -236,6 +242,20 @@ class Setup:
         source = np.where(source < 0, -1, source + self.data.train.num_rows)
         return np.concatenate([order[:, None], source], axis=1).transpose(0, 2, 1).reshape(len(order), -1)
 
+    def _episodes(self, member: Member, epoch: int) -> np.ndarray:
+        num_domains, blocks = self.adaptation.episodes
+        steps = max(self.epoch_steps or 1, math.ceil(self.num_trained / (num_domains * blocks * self.batch_size)))
+        order = episode_order(
+            self.data.train.domain,
+            steps=steps,
+            num_domains=num_domains,
+            blocks=blocks,
+            block_size=self.batch_size,
+            seed=member.order_seed,
+            first=epoch * steps,
+        )
+        return order.reshape(steps, -1, self.batch_size).swapaxes(1, 2).reshape(steps, -1)
+
     def build(self, member: Member, stage: Stage, model: MultiTaskModel, start: int = 0) -> tuple[Step, TrainState]:
         """The step of a stage, and the state before it, from the values of ``model`` after ``start`` steps."""
         model.link.check_labels(self.data.train.labels, self.data.train.mask)
@@ -254,7 +274,7 @@ class Setup:
             axis=self.devices.axis,
             trainable=stage.trainable,
             start=start,
-            adaptation=member.adaptation,
+            adaptation=member.adaptation and _for_domains(member.adaptation, self.data),
             origin=member.origin,
             batches=self._deployment(member),
         )
@@ -262,12 +282,14 @@ class Setup:
         return step, step.started(state) if begins else state
 
     def _deployment(self, member: Member) -> Any:
-        """Batches of the source that the model is deployed with, the same in every epoch."""
+        """Batches that the model is deployed with, the same in every epoch."""
         if self.adaptation is None or (number := self.adaptation.source_batches) == 0:
             return None
-        size = min(self.batch_size, self.num_source)
-        rows = np.random.Generator(np.random.PCG64([member.order_seed, DEPLOYED])).permutation(self.num_source)
-        rows = np.resize(rows, number * size).reshape(number, size) + self.data.train.num_rows
+        own = self.data.train.num_rows
+        first, num_rows = (0, own) if self.adaptation.reads_target else (own, self.num_source)
+        size = min(self.batch_size, num_rows)
+        rows = np.random.Generator(np.random.PCG64([member.order_seed, DEPLOYED])).permutation(num_rows)
+        rows = np.resize(rows, number * size).reshape(number, size) + first
         return jax.vmap(lambda rows: take(self.train, rows))(jnp.asarray(rows, jnp.int32))
 
     def program(self, key: Hashable, lower: Callable[[], Any]) -> Any:
@@ -361,6 +383,19 @@ def _check_source(adaptation: Adaptation, source: Encoded | None, training: str)
         )
     if training != "joint":
         raise ConfigError(f"transfer '{name}' with training={training}; expected joint, since it has stages of its own")
+
+
+def _for_domains(adaptation: Adaptation, data: TrainingData) -> Adaptation:
+    """The adaptation for the domains of the training rows, where it tells them apart."""
+    if not adaptation.by_domain:
+        return adaptation
+    number = 0 if data.train.domain is None else len(np.unique(data.train.domain))
+    if number < 2:
+        raise ConfigError(
+            f"transfer '{type(adaptation).__name__}' learns from several domains and the training rows have {number}; "
+            "expected two at least. Set target=[...], or choose other data"
+        )
+    return adaptation.for_domains(number)
 
 
 def _check_numbers(**bounds: tuple[float, float]) -> None:

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.balancing import Balancer
+from mtl_jax.balancing.equal import Equal
 from mtl_jax.balancing.reuse import reuse
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import Inputs, MultiTaskModel, is_table, of_loss
@@ -197,6 +198,10 @@ class Step:
                 kept[TEACHER] |= {path: jnp.copy(rest[path]) for path in functional.state_paths}
         balancer = balancer.for_tasks(tasks)
         check_scope(of_model, balancer, options, micro_batches)
+        if adaptation is not None and adaptation.episodes:
+            check_episodes(adaptation, balancer, options, micro_batches)
+            number = adaptation.episodes.num_domains  # gradients are those of the adapted parameters
+            of_model = {path: jnp.broadcast_to(array, (number, *array.shape)) for path, array in of_model.items()}
         if functional.state_paths and (micro_batches > 1 or acts_on_units(balancer, options)):
             which = f"balancing '{type(balancer).__name__}' at scope 'representation'"
             which = f"trainer.micro_batches={micro_batches}" if micro_batches > 1 else which
@@ -277,8 +282,13 @@ class Step:
         forward, penalty, inputs, batch = self._adaptation(state, inputs, batch, compacted, key)
         adapted, pull = (before, None) if forward is None else jax.vjp(forward, before)
         problem = self._problem(adapted, state, inputs, batch, key)
+        if self.by_domain:
+            problem = _of_domains(problem, self.adaptation.domain_weights())
         balanced = self._balance(adapted, state, problem, key)
-        gradients = balanced.gradients if pull is None else pull(balanced.gradients)[0]
+        if self.by_domain and self.adaptation.interpolates:
+            gradients = {path: array - jnp.mean(adapted[path], axis=0) for path, array in before.items()}
+        else:
+            gradients = balanced.gradients if pull is None else pull(balanced.gradients)[0]
         if penalty is not None:
             gradients = jax.tree.map(jnp.add, gradients, penalty(before))
         gradients, norm = clip(gradients, self.optimizer.clip_norm)
@@ -325,6 +335,11 @@ class Step:
         )
         return new_state, self._sums(state, balanced, finite)
 
+    @property
+    def by_domain(self) -> bool:
+        """Whether the rows of a step come by domain, each of which has parameters of its own."""
+        return self.adaptation is not None and self.adaptation.episodes is not None
+
     def evaluated(self, state: TrainState) -> Params:
         """All arrays as they are evaluated and selected: the average of the parameters where there is one."""
         arrays = state.params | state.tables
@@ -365,7 +380,17 @@ class Step:
         if adaptation is None:
             return _Adapted(None, None, inputs, batch)
         batches = None
-        if number := adaptation.batches_beside:
+        if self.by_domain:
+            num_domains, blocks = adaptation.episodes
+            inputs, batch = jax.tree.map(
+                lambda column: (turns := _by_turn(column, num_domains * blocks)).reshape(
+                    num_domains, blocks, *turns.shape[1:]
+                ),
+                (inputs, dict(batch)),
+            )
+            episode = inputs, batch, _keys(key, num_domains * blocks).reshape(num_domains, blocks)
+            inputs, batch = jax.tree.map(lambda column: column[:, -1], (inputs, batch))
+        elif number := adaptation.batches_beside:
             inputs, batch = jax.tree.map(lambda column: _by_turn(column, number + 1), (inputs, dict(batch)))
             batches = *jax.tree.map(lambda column: column[1:], (inputs, batch)), _keys(key, number)
             inputs, batch = jax.tree.map(lambda column: column[0], (inputs, batch))
@@ -376,7 +401,10 @@ class Step:
         }
 
         def forward(params):
-            return adaptation.adapt(params, kept, self._source_loss(state, key), batches)
+            loss = self._source_loss(state, key)
+            if self.by_domain:
+                return adaptation.adapt_to_domains(params, kept, loss, episode)
+            return adaptation.adapt(params, kept, loss, batches)
 
         def penalty(params):  # of each touched row once, though it may be in several places
             gradient = jax.grad(adaptation.penalty)(params, kept, self._view(state, inputs, batch, key, batches))
@@ -501,13 +529,21 @@ class Step:
             state=state.balancer,
             key=stream(key, "balancer"),
             options=self.options,
-            regulariser=(lambda p: self.functional.merge(p, state.rest).sharing.regulariser())
-            if on_parameters
-            else None,
+            regulariser=self._regulariser(state) if on_parameters else None,
             row_regulariser=problem.row_regulariser if on_rows else None,
             learning_rate=lambda path: self.optimizer.rate(path, state.step),
             axis=self.axis,
         )
+
+    def _regulariser(self, state: TrainState) -> Callable[[Params], Float[Array, ""]]:
+        """The strategy's penalty on its parameters; weighed over domains where each has its own."""
+
+        def one(params):
+            return self.functional.merge(params, state.rest).sharing.regulariser()
+
+        if not self.by_domain:
+            return one
+        return lambda params: jnp.vdot(self.adaptation.domain_weights(), jax.vmap(one)(params))
 
     def _rows(self, inputs: Inputs, batch: Mapping[str, Any], key) -> dict[str, "_Part"]:
         """The rows of this device, or their parts, each with a key of its own for what it draws.
@@ -516,6 +552,9 @@ class Step:
         """
         if self.axis:
             key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
+        if self.by_domain and batch["weight"].ndim > 1:
+            keys = jax.random.split(key, len(batch["weight"]))
+            return {"part": _Part(inputs, batch, keys, jax.vmap(self._denominators)(batch))}
         number = self.micro_batches * self.balancer.num_batches * self.balancer.num_parts
         if acts_on_units(self.balancer, self.options):
             number = batch["weight"].shape[0]
@@ -599,16 +638,40 @@ class Step:
 
 def check_adaptation(adaptation: Adaptation, functional: Functional, axis: str | None) -> None:
     """Raises a ConfigError for a model or devices that an adaptation cannot work with."""
-    if adaptation.source_batches and functional.state_paths:
+    if (adaptation.source_batches or adaptation.episodes) and functional.state_paths:
         raise ConfigError(
             f"transfer '{type(adaptation).__name__}' takes gradient steps inside of a step, and this sharing keeps "
-            "statistics of whole batches, which would mix source and target; expected layers without them. Choose "
+            "statistics of whole batches, which would mix rows that it keeps apart; expected layers without them. Choose "
             "another sharing"
         )
-    if (adaptation.source_batches or adaptation.reads_rows) and axis is not None:
+    if (adaptation.source_batches or adaptation.episodes or adaptation.reads_rows) and axis is not None:
         raise ConfigError(
             f"transfer '{type(adaptation).__name__}' with parallel=pmap, where a device sees its own rows only; expected "
             "parallel=jit. Change it"
+        )
+
+
+def check_episodes(
+    adaptation: Adaptation, balancer: Balancer, options: BalancingOptions, micro_batches: int = 1
+) -> None:
+    """Raises a ConfigError for options that take a batch apart, where its rows come by domain."""
+    name = type(balancer).__name__
+    found = {
+        f"trainer.micro_batches={micro_batches}": micro_batches > 1,
+        f"balancing.row_stride={options.row_stride}": options.row_stride > 1,
+        f"balancing '{name}', which compares parts of a batch": balancer.num_batches * balancer.num_parts > 1,
+        f"balancing '{name}' at scope 'representation'": acts_on_units(balancer, options),
+        f"balancing '{name}', which takes steps of its own": balancer.owns_step,
+    }
+    if wrong := [what for what, is_so in found.items() if is_so]:
+        raise ConfigError(
+            f"transfer '{type(adaptation).__name__}' takes the rows of a step by domain, and there is {wrong[0]}; expected "
+            "a method that weighs the gradients of a whole batch. Change it"
+        )
+    if adaptation.interpolates and not isinstance(balancer, Equal):
+        raise ConfigError(
+            f"transfer '{type(adaptation).__name__}' goes to where training on one domain ends, and balancing is '{name}'; "
+            "expected balancing=equal. Change it"
         )
 
 
@@ -648,6 +711,23 @@ class _Adapted(NamedTuple):
     penalty: Callable[[Params], Params] | None
     inputs: Inputs
     batch: Mapping[str, Any]
+
+
+def _of_domains(problem: _Problem, weights: Float[Array, " domain"]) -> _Problem:
+    """The losses of rows that come by domain, as functions of parameters that do so too."""
+
+    def head(loss):
+        def weighed(own, cut, part):
+            found = jax.vmap(loss)(own, cut, part)
+            return TaskLoss(jnp.vdot(weights, found.loss), found.numerator.sum(), found.denominator.sum())
+
+        return weighed
+
+    return problem._replace(
+        common=jax.vmap(problem.common),
+        heads={task: head(loss) for task, loss in problem.heads.items()},
+        row_regulariser=lambda params, part: jnp.sum(jax.vmap(problem.row_regulariser)(params, part)),
+    )
 
 
 def _vocabulary(path: str) -> str:

@@ -8,20 +8,28 @@ from mtl_jax.transfer.feature_distill import FeatureDistill
 from mtl_jax.transfer.fine_tune import FineTune
 from mtl_jax.transfer.gradient import gradient_transfer, gradient_update, implicit_update
 from mtl_jax.transfer.gradient_in_step import GradientTransfer
+from mtl_jax.transfer.imaml import IMAML
 from mtl_jax.transfer.l2_sp import L2SP
 from mtl_jax.transfer.linear_map import LinearMap
 from mtl_jax.transfer.linear_probe import LinearProbe
 from mtl_jax.transfer.loading import Artefact, Coverage, Loading, load
 from mtl_jax.transfer.lora import LoRA
 from mtl_jax.transfer.lwf import LwF
+from mtl_jax.transfer.maml import MAML
+from mtl_jax.transfer.meta_sgd import MetaSGD
+from mtl_jax.transfer.mldg import MLDG
 from mtl_jax.transfer.nonlinear_map import NonlinearMap
 from mtl_jax.transfer.pooled import Pooled
+from mtl_jax.transfer.reptile import Reptile
 from mtl_jax.transfer.scratch import Scratch
 from mtl_jax.transfer.zero_shot import ZeroShot
 
 __all__ = [
     "BSS",
+    "IMAML",
     "L2SP",
+    "MAML",
+    "MLDG",
     "Artefact",
     "BitFit",
     "Coverage",
@@ -35,8 +43,10 @@ __all__ = [
     "LoRA",
     "Loading",
     "LwF",
+    "MetaSGD",
     "NonlinearMap",
     "Pooled",
+    "Reptile",
     "Scratch",
     "ZeroShot",
     "gradient_transfer",

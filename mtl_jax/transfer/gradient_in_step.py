@@ -1,7 +1,6 @@
 """The gradient-based transfer update as a way to train: theta_t = theta_s + eta * grad l(theta_s) inside of the step."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import COPY, label
+from mtl_jax.model import COPY
 from mtl_jax.train.adaptation import Adaptation, is_zero
+from mtl_jax.transfer.episodes import KINDS, check_scope, in_scope
 from mtl_jax.transfer.fine_tune import FineTune
 from mtl_jax.transfer.gradient import MODES, gradient_update, implicit_update
 
@@ -51,6 +51,9 @@ class GradientTransfer(Adaptation):
       proximal: Of ``implicit``, > 0.
       num_cg_steps: Most iterations of the conjugate gradients in ``implicit``.
       scope: Labels that T moves, of ``embedding``, ``shared`` and ``task``.
+      rows: Whose rows T takes in ``update``: those of the ``source``, or of the ``target``. With the latter and
+        ``then_train=False`` it is the adaptation of a meta-learned model, a few steps on the target and no more.
+      then_train: Whether fine-tuning follows T in ``update``.
 
     Raises:
       ConfigError: A value is out of its range.
@@ -59,8 +62,6 @@ class GradientTransfer(Adaptation):
       :func:`mtl_jax.transfer.gradient_transfer`; Finn, Abbeel, Levine, *Model-Agnostic Meta-Learning for Fast Adaptation of
       Deep Networks*, ICML 2017.
     """
-
-    KINDS: ClassVar[tuple[str, ...]] = ("embedding", "shared", "task")
 
     step_size: float = 0.01
     sign: int = dataclasses.field(default=-1, metadata={"static": True})
@@ -71,6 +72,8 @@ class GradientTransfer(Adaptation):
     proximal: float = 1.0
     num_cg_steps: int = dataclasses.field(default=20, metadata={"static": True})
     scope: tuple[str, ...] = dataclasses.field(default=KINDS, metadata={"static": True})
+    rows: str = dataclasses.field(default="source", metadata={"static": True})
+    then_train: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def __post_init__(self):
         check_number(self.step_size, "transfer.step_size", least=0)
@@ -80,7 +83,8 @@ class GradientTransfer(Adaptation):
         check_count(self.num_steps, "transfer.num_steps")
         check_count(self.num_cg_steps, "transfer.num_cg_steps")
         object.__setattr__(self, "scope", tuple(self.scope))
-        for name, value, known in (("mode", self.mode, MODES), ("sign", self.sign, (-1, 1))):
+        choices = (("mode", self.mode, MODES), ("sign", self.sign, (-1, 1)), ("rows", self.rows, ("source", "target")))
+        for name, value, known in choices:
             if value not in known:
                 raise ConfigError(f"transfer.{name} is {value!r}; expected one of {list(known)}. Change it")
         if self.mode == "implicit" and self.sign != -1:
@@ -92,8 +96,12 @@ class GradientTransfer(Adaptation):
                 f"transfer.source_weight is {self.source_weight} in mode '{self.mode}', whose objective has no such term; "
                 "expected 0. Change it, or the mode"
             )
-        if not self.scope or set(self.scope) - set(self.KINDS):
-            raise ConfigError(f"transfer.scope is {list(self.scope)}; expected some of {list(self.KINDS)}. Change it")
+        if self.mode != "update" and (self.rows == "target" or not self.then_train):
+            raise ConfigError(
+                f"transfer.rows is '{self.rows}' and transfer.then_train {self.then_train} in mode '{self.mode}', which "
+                "trains on steps of the source; expected 'source' and true. Change them, or set transfer.mode=update"
+            )
+        check_scope(self.scope)
 
     @property
     def source_batches(self):
@@ -108,11 +116,20 @@ class GradientTransfer(Adaptation):
         return self.mode == "update"
 
     @property
+    def reads_target(self):
+        return self.rows == "target"
+
+    @property
+    def trains(self):
+        return self.then_train
+
+    @property
     def penalises(self):
         return self.mode == "joint" or self.source_weight > 0
 
     def simplified(self):
-        return FineTune() if is_zero(self.step_size) and not self.penalises else self
+        plain = is_zero(self.step_size) and self.trains and not self.penalises
+        return FineTune() if plain else self
 
     def init(self, params, origin, key):
         if self.mode != "joint":
@@ -132,7 +149,8 @@ class GradientTransfer(Adaptation):
             return self.source_weight * self._mean(params, view)
         source = {path.removeprefix(f"{COPY}/"): array for path, array in params.items() if path.startswith(f"{COPY}/")}
         moved = self._update(source, view.source_loss, view.batches)(source)
-        distance = sum(jnp.sum(jnp.square(params[path] - moved[path])) for path in moved if self._in_scope(path))
+        coupled = [path for path, inside in in_scope(moved, self.scope).items() if inside]
+        distance = sum(jnp.sum(jnp.square(params[path] - moved[path])) for path in coupled)
         return self._mean(source, view) + self.rho / 2 * distance
 
     def _mean(self, params, view):
@@ -144,8 +162,5 @@ class GradientTransfer(Adaptation):
         return gradient_update(loss, **options, sign=self.sign, first_order=self.mode == "first_order")
 
     def _options(self, params, batches):
-        mask = {path: self._in_scope(path) for path in params}
+        mask = in_scope(params, self.scope)
         return {"step_size": self.step_size, "num_steps": self.num_steps, "mask": mask, "batches": batches}
-
-    def _in_scope(self, path: str) -> bool:
-        return label(path).split("/")[0] in self.scope

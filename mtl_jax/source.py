@@ -47,8 +47,8 @@ def check_transfer(config: Mapping[str, Any]) -> None:
     adaptation, before = adaptation_of(config), adaptation_of(config, "pretraining")
     if before.needs_source or before.needs_rows:
         raise ConfigError(
-            f"pretraining '{type(before).__name__}' takes over from a source, which the source of a transfer does not have; "
-            "expected scratch, or a method that learns over domains (maml, reptile, ...). Change it"
+            f"pretraining '{type(before).__name__}' takes over from a source, and the source of a transfer has none; expected "
+            "scratch, or a method that learns over domains (maml, reptile, ...). Change it"
         )
     needs = adaptation.needs_source or adaptation.needs_rows
     if needs and (config["source"] is None or config["target"] is None):

@@ -47,7 +47,7 @@ def check_transfer(config: Mapping[str, Any]) -> None:
     adaptation, before = adaptation_of(config), adaptation_of(config, "pretraining")
     if before.needs_source or before.needs_rows:
         raise ConfigError(
-            f"pretraining '{type(before).__name__}' takes over from a source, and the source of a transfer has none; expected "
+            f"pretraining '{type(before).__name__}' takes over from a source, and a source has none itself; expected "
             "scratch, or a method that learns over domains (maml, reptile, ...). Change it"
         )
     needs = adaptation.needs_source or adaptation.needs_rows

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.tasks import Task
 
@@ -80,6 +80,8 @@ class Adaptation:
       reads_rows: Whether the penalty depends on the rows of a step, and not on parameters alone.
       source_batches: Batches of rows that :meth:`adapt` reads beside the step's own.
       reads_target: Whether these are rows of the target, and not of the source.
+      by_epoch: Whether it waits for :meth:`end_epoch`.
+      source_batches: Batches of source rows that :meth:`adapt` reads.
       source_row_weight: Row weight of the source's rows where they are trained on like the target's; None: they are not.
       interpolates: Whether a step goes from the parameters to the mean of those that are adapted to its domains, with the
         distance in place of a gradient, and not along the gradient of the domains' losses.
@@ -97,6 +99,7 @@ class Adaptation:
     interpolates: ClassVar[bool] = False
     by_domain: ClassVar[bool] = False
     episodes: ClassVar[Episodes | None] = None
+    by_epoch: ClassVar[bool] = False
 
     @property
     def source_batches(self) -> int:
@@ -132,6 +135,29 @@ class Adaptation:
         """Path -> factor of its learning rate; absent paths have 1."""
         return {}
 
+    def groups(self, params: Params) -> dict[str, int]:
+        """Path -> number of its group, from 0, where groups begin to be trained one after the other; {}: all at once.
+
+        A group that has not begun has no update, no weight decay, and an optimizer in its initial state.
+        """
+        return {}
+
+    def num_begun(self, kept: dict[str, Params]) -> Int[Array, ""]:
+        """How many of the groups are trained."""
+        raise NotImplementedError
+
+    def patient_from(self, params: Params, epochs: int) -> int:
+        """The epoch, from 1, from which on one without progress counts towards the end of a stage.
+
+        Args:
+          params: As for :meth:`init`.
+          epochs: Most epochs of the stage.
+
+        Raises:
+          ConfigError: So few epochs do not do.
+        """
+        return 0
+
     def init(self, params: Params, origin: Origin, key: PRNGKeyArray) -> tuple[Params, dict[str, Params]]:
         """What is trained, and what is kept.
 
@@ -162,6 +188,10 @@ class Adaptation:
         """What the loss of each domain of a step counts."""
         number = self.episodes.num_domains
         return jnp.full(number, 1 / number)
+
+    def end_epoch(self, params: Params, kept: dict[str, Params]) -> tuple[Params, dict[str, Params]]:
+        """What an epoch ends in, and what is kept from there on; called before it is evaluated. Tables are whole."""
+        return params, kept
 
     def penalty(self, params: Params, kept: dict[str, Params], view: "View") -> Float[Array, ""]:
         """Is added to the objective beside the balanced losses, with weight 1. Of tables it may see some rows only."""

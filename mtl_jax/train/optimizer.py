@@ -188,6 +188,38 @@ def clip(gradients: dict[str, Array], bound: float | None) -> tuple[dict[str, Ar
     return jax.tree.map(lambda g: g * scale, gradients), norm
 
 
+def by_group(
+    transform: optax.GradientTransformation, groups: Mapping[str, int], num_begun: Int[Array, ""] | int = 0
+) -> optax.GradientTransformation:
+    """The transform with a state for each group of paths. One that has not begun keeps its state, and its updates are 0.
+
+    Args:
+      transform: Of a dict path -> array.
+      groups: Path -> number of its group; empty: the transform as it is.
+      num_begun: So many groups have begun.
+    """
+    if not groups:
+        return transform
+
+    def split(arrays: Mapping[str, Array]) -> dict[int, dict[str, Array]]:
+        present = sorted({groups[path] for path in arrays})
+        return {group: {path: array for path, array in arrays.items() if groups[path] == group} for group in present}
+
+    def init(params):
+        return {group: transform.init(part) for group, part in split(params).items()}
+
+    def update(updates, state, params):
+        parts, moved, states = split(params), {}, {}
+        for group, part in split(updates).items():
+            new = transform.update(part, state[group], parts[group])
+            old = jax.tree.map(jnp.zeros_like, part), state[group]
+            some, states[group] = jax.tree.map(lambda a, b, on=group < num_begun: jnp.where(on, a, b), new, old)
+            moved |= some
+        return moved, states
+
+    return optax.GradientTransformation(init, update)
+
+
 def as_optimizer(optimizer: Any) -> Optimizer:
     """An :class:`Optimizer`, also from a bare optax transform that includes its learning rate (``optax.adam(1e-3)``)."""
     if isinstance(optimizer, Optimizer):

@@ -28,7 +28,8 @@ class Position:
       history: Rows ``{step, part, task, name, value}`` of everything measured so far.
       sums: Name -> value of the epoch under way, per task where it has one (see :class:`mtl_jax.train.step.Sums`).
       skipped: Steps without an update, over the whole run.
-      best: Monitor of the stage -> ``{step, value, stale}``: its best evaluation, and how many came since.
+      best: Monitor of the stage -> ``{step, value, stale}``: its best evaluation, and how many that
+        count came since.
       start_step: Step of what the stage began with, selected by the one before; None in the first.
       finished: Whether the stage has ended.
       train_seconds: Time in compiled steps, without compilation and evaluation.
@@ -56,7 +57,7 @@ class Position:
         if best["step"] is None or monitor.score(value) > monitor.score(best["value"]):
             best.update(step=at, value=value, stale=0)
             return True
-        best["stale"] += 1
+        best["stale"] += patience > 0
         return False
 
     def out_of_patience(self, monitor: Monitor, patience: int) -> bool:

@@ -111,20 +111,20 @@ class RunStack:
             state, positions = self.enter(0), [Position() for _ in self.members]
             arrays = self.evaluated(state)
             if self.setup.adaptation is not None:
-                self.open(arrays, positions)
+                self.open(state, arrays, positions)
             return state, jax.tree.map(jnp.copy, arrays), positions, Clock()
         kept, progress = found
         self.errors = {int(number): TrainingError(text) for number, text in progress["errors"].items()}
         positions = [Position(**position) for position in progress["positions"]]
         return kept["state"], kept["best"], positions, Clock(**progress["clock"])
 
-    def open(self, arrays: Params, positions: list[Position]) -> None:
+    def open(self, state: TrainState, arrays: Params, positions: list[Position]) -> None:
         """What came from a source is the first candidate of each member's selection."""
         monitor = self.stages[0].monitors[0]
         for number, (values, _) in self.measure(arrays, range(len(self.members))).items():
             positions[number].open(0, values, monitor)
             if self.setup.adaptation.needs_source:
-                self.judge(positions[number], values, 0)
+                self.judge(positions[number], values, 0, state)
 
     def enter(
         self, number: int, models: Sequence[Any] | None = None, starts: Sequence[int] | None = None
@@ -172,7 +172,7 @@ class RunStack:
         arrays = self.evaluated(state)
         values = self.measure(arrays, going)
         for number in going:
-            self.judge(positions[number], values[number][0], positions[number].start_step)
+            self.judge(positions[number], values[number][0], positions[number].start_step, state)
         return state, jax.tree.map(jnp.copy, arrays)
 
     def run_stage(
@@ -183,8 +183,8 @@ class RunStack:
             self.compile(state)
         while self.going(positions):
             state = self.run_epoch(state, best, positions, clock)
-            best = self.close_epoch(state, best, positions, clock)
             state = self.end_epoch(state)
+            best = self.close_epoch(state, best, positions, clock)
             self.save(state, best, positions, clock)
         return state, best
 
@@ -283,7 +283,7 @@ class RunStack:
         for number in going:
             position, at = positions[number], int(steps[number])
             position.close_epoch(at, self.data.schema.task_names, values[number], monitor, weighted=not stage.by_task)
-            improved[number] = self.judge(position, values[number], at)
+            improved[number] = self.judge(position, values[number], at, state)
             stopped = all(position.out_of_patience(m, self.setup.patience) for m in stage.monitors)
             position.finished = stopped or position.epoch >= self.setup.epochs
             self.members[number].observer.evaluated(
@@ -299,16 +299,16 @@ class RunStack:
         return self.keep(best, arrays, stage, improved)
 
     def end_epoch(self, state: TrainState) -> TrainState:
-        """Lets the balancer of each member know."""
-        if not self.step.balancer.by_epoch:
+        """Lets the balancer and the adaptation of each member know."""
+        if not self.step.by_epoch:
             return state
-        ended = jax.vmap(lambda numbers, state: self.step.with_numbers(numbers).end_epoch(state).balancer)
-        return state._replace(balancer=self.place(ended(self.numbers, state)))
+        ended = jax.vmap(lambda numbers, state: self.step.with_numbers(numbers).end_epoch(state))
+        return self.place(ended(self.numbers, state))
 
-    def judge(self, position: Position, values: Mapping[str, Any], at: int) -> list:
+    def judge(self, position: Position, values: Mapping[str, Any], at: int, state: TrainState) -> list:
         """The monitors for which this evaluation is the member's best so far."""
-        stage = self.stages[position.stage]
-        return [m for m in stage.monitors if position.judge(m, values, at, self.setup.patience)]
+        stage, patience = self.stages[position.stage], self.setup.patience_after(position.epoch, state)
+        return [m for m in stage.monitors if position.judge(m, values, at, patience)]
 
     def keep(self, best: Params, arrays: Params, stage: Stage, improved: Mapping[int, list]) -> Params:
         """What is best so far, once an epoch: the new arrays of members that improved, the old ones of the others."""

@@ -111,7 +111,7 @@ class Session:
             self.compile(state)
         while not position.finished:
             state = self.run_epoch(state, position)
-            state = self.end_epoch(self.close_epoch(state, position))
+            state = self.close_epoch(self.end_epoch(state), position)
             stopped = all(
                 position.out_of_patience(m, self.setup.patience) for m in self.stages[position.stage].monitors
             )
@@ -197,16 +197,17 @@ class Session:
         return state
 
     def end_epoch(self, state: TrainState) -> TrainState:
-        """Lets the balancer know; its numbers are those of the member."""
+        """Lets balancer and adaptation know; their numbers are those of the member."""
         ended = self.step.end_epoch(state)
-        return state if ended is state else state._replace(balancer=self.devices.replicate(ended.balancer))
+        return jax.tree.map(lambda new, old: old if new is old else self.devices.replicate(new), ended, state)
 
     def judge(
         self, state: TrainState, position: Position, arrays: Params, values: Mapping[str, Any], at: int
     ) -> tuple[TrainState, bool]:
         """The state with what is best so far, and whether this evaluation, of step ``at``, is that for some monitor."""
         stage = self.stages[position.stage]
-        improved = [m for m in stage.monitors if position.judge(m, values, at, self.setup.patience)]
+        patience = self.setup.patience_after(position.epoch, state)
+        improved = [m for m in stage.monitors if position.judge(m, values, at, patience)]
         if improved and stage.by_task:
             chosen = {p: arrays[p] for p in state.selected if any(stage.selects(m, p) for m in improved)}
             state = state._replace(selected=state.selected | jax.tree.map(jnp.copy, chosen))

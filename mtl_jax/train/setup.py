@@ -278,8 +278,21 @@ class Setup:
             origin=member.origin,
             batches=self._deployment(member),
         )
+        self.patience_after(0, state)  # refuses too few epochs before anything is compiled
         begins = start == 0 and stage is self.stages[0]
         return step, step.started(state) if begins else state
+
+    def patience_after(self, epoch: int, state: TrainState) -> int:
+        """``patience`` as an evaluation after so many epochs of a stage sees it: 0 while the adaptation still adds to what
+        is trained.
+
+        Raises:
+          ConfigError: The adaptation needs more epochs than there are.
+        """
+        if self.adaptation is None:
+            return self.patience
+        first = self.adaptation.patient_from(state.params | state.tables, self.epochs)
+        return self.patience if epoch >= first else 0
 
     def _deployment(self, member: Member) -> Any:
         """Batches that the model is deployed with, the same in every epoch."""

@@ -34,7 +34,7 @@ from mtl_jax.train.gradients import (
     task_losses,
 )
 from mtl_jax.train.objective import Objective, TaskLoss
-from mtl_jax.train.optimizer import Optimizer, clip
+from mtl_jax.train.optimizer import Optimizer, by_group, clip
 from mtl_jax.train.parallel import total
 from mtl_jax.train.state import Functional, Params, TrainState
 
@@ -187,6 +187,7 @@ class Step:
         params = {path: array for path, array in params.items() if trainable(path)}
         optimizer.check_names([*params, *rest])
         kept: dict[str, Params] = {}
+        groups: dict[str, int] = {}
         of_model = params
         if adaptation is not None:
             adaptation = adaptation.simplified()
@@ -194,6 +195,7 @@ class Step:
             if rates := adaptation.rates(params):
                 optimizer = dataclasses.replace(optimizer, rate_scale=optimizer.rate_scale | rates)
             params, kept = adaptation.init(params, origin or {}, stream(key, "transfer"))
+            groups = adaptation.groups(params)
             if TEACHER in kept:  # with the moments of its own
                 kept[TEACHER] |= {path: jnp.copy(rest[path]) for path in functional.state_paths}
         balancer = balancer.for_tasks(tasks)
@@ -230,7 +232,7 @@ class Step:
             step=jnp.asarray(start, jnp.int32),
             params=whole,
             rest=rest,
-            opt=optimizer.dense().init(whole),
+            opt=by_group(optimizer.dense(), groups).init(whole),
             tables=rows,
             row_opt={path: optimizer.rows(path).init(array) for path, array in rows.items()},
             slots={name: jnp.zeros(size, jnp.int32) for name, size in sizes.items()},
@@ -291,6 +293,9 @@ class Step:
             gradients = balanced.gradients if pull is None else pull(balanced.gradients)[0]
         if penalty is not None:
             gradients = jax.tree.map(jnp.add, gradients, penalty(before))
+        groups, num_begun = self._groups(state)
+        begun = {path: group < num_begun for path, group in groups.items()}
+        gradients |= {path: jnp.where(on, gradients[path], 0) for path, on in begun.items()}
         gradients, norm = clip(gradients, self.optimizer.clip_norm)
         finite = ~balanced.info["nonfinite"] & jnp.isfinite(norm)
         update = state.live & finite
@@ -300,7 +305,7 @@ class Step:
             return jax.tree.map(lambda a, b: jnp.where(update, a, b), new, old)
 
         dense = {path: gradients[path] for path in state.params}
-        updates, opt = self.optimizer.dense().update(dense, state.opt, state.params)
+        updates, opt = by_group(self.optimizer.dense(), groups, num_begun).update(dense, state.opt, state.params)
         params = select(optax.apply_updates(state.params, updates), state.params)
         new_tables, row_opt = {}, {}
         for path, table in state.tables.items():
@@ -310,7 +315,7 @@ class Step:
                 state.row_opt[path],
                 compacted[_vocabulary(path)],
                 gradients[path],
-                update,
+                update & begun.get(path, True),
             )
         moved = self._moved(problem, state)
         balancer_state = balanced.state
@@ -457,9 +462,25 @@ class Step:
             kept[path] = average.update_rows(state.average[path], old, new, rows, step, self.average, update)
         return kept
 
+    @property
+    def by_epoch(self) -> bool:
+        """Whether balancer or adaptation wait for :meth:`end_epoch`."""
+        return self.balancer.by_epoch or (self.adaptation is not None and self.adaptation.by_epoch)
+
     def end_epoch(self, state: TrainState) -> TrainState:
-        """The state once an epoch has ended, for methods that wait for it."""
-        return state._replace(balancer=self.balancer.end_epoch(state.balancer)) if self.balancer.by_epoch else state
+        """The state once an epoch has ended and before it is evaluated, for methods that wait for it."""
+        if self.balancer.by_epoch:
+            state = state._replace(balancer=self.balancer.end_epoch(state.balancer))
+        if self.adaptation is not None and self.adaptation.by_epoch:
+            arrays, kept = self.adaptation.end_epoch(state.params | state.tables, state.kept.arrays)
+            params, rows = ({path: arrays[path] for path in part} for part in (state.params, state.tables))
+            state = state._replace(params=params, tables=rows, kept=state.kept._replace(arrays=kept))
+        return state
+
+    def _groups(self, state: TrainState) -> tuple[dict[str, int], Int[Array, ""] | int]:
+        """Of parameters that begin one after the other: path -> group, and how many groups have begun; else ({}, 0)."""
+        groups = {} if self.adaptation is None else self.adaptation.groups(state.params | state.tables)
+        return groups, self.adaptation.num_begun(state.kept.arrays) if groups else 0
 
     def _problem(
         self, params: Params, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], key, train: bool = True

@@ -8,6 +8,7 @@ from mtl_jax.transfer.feature_distill import FeatureDistill
 from mtl_jax.transfer.fine_tune import FineTune
 from mtl_jax.transfer.gradient import gradient_transfer, gradient_update, implicit_update
 from mtl_jax.transfer.gradient_in_step import GradientTransfer
+from mtl_jax.transfer.gradual_unfreeze import GradualUnfreeze
 from mtl_jax.transfer.imaml import IMAML
 from mtl_jax.transfer.l2_sp import L2SP
 from mtl_jax.transfer.linear_map import LinearMap
@@ -38,6 +39,7 @@ __all__ = [
     "FeatureDistill",
     "FineTune",
     "GradientTransfer",
+    "GradualUnfreeze",
     "LinearMap",
     "LinearProbe",
     "LoRA",

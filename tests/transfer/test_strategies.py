@@ -26,6 +26,7 @@ from mtl_jax.transfer import (
     FeatureDistill,
     FineTune,
     GradientTransfer,
+    GradualUnfreeze,
     LinearMap,
     LinearProbe,
     LoRA,
@@ -55,12 +56,14 @@ def beside(prefix, paths, *names):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A strategy with what it trains, what of the model then moves, and whether it deploys at first what was loaded."""
+    """A strategy with what it trains, what of the model then moves, and whether it deploys at first what was loaded; after
+    so many epochs."""
 
     strategy: object
     trained: frozenset
     moved: frozenset = frozenset(ALL)
     same_at_first: bool = True
+    epochs: int = 0
 
     @property
     def batches(self):
@@ -74,6 +77,7 @@ CASES = {
     "linear_probe then all": Case(LinearProbe(then_all=True), TOWERS, TOWERS),
     "bitfit": Case(BitFit(), BIASES | TOWERS, BIASES | TOWERS),
     "discriminative_lr": Case(DiscriminativeLR(), ALL),
+    "gradual_unfreeze": Case(GradualUnfreeze(), ALL, epochs=3),
     "pooled": Case(Pooled(0.5), ALL),
     "l2_sp": Case(L2SP(), ALL),
     "distill": Case(Distill(), ALL),
@@ -136,7 +140,10 @@ def built(request, make_model, make_step, sources, perturbed):
     step, state = make_step(
         make_model(), case.strategy, batches=sources(number), optimizer=Optimizer(learning_rate=0.01)
     )
-    return Built(case, step, perturbed(step.started(state)), jax.jit(step))
+    state = perturbed(step.started(state))
+    for _ in range(case.epochs):
+        state = step.end_epoch(state)
+    return Built(case, step, state, jax.jit(step))
 
 
 def changed(before, after):
@@ -255,6 +262,7 @@ def test_a_whole_run_with_a_step_size_of_zero_is_one_of_fine_tuning(setup_of, me
         (LoRA(2), (2, 3)),
         (LinearProbe(then_all=True), (4, 4)),
         (GradientTransfer(), (2, 3)),
+        (GradualUnfreeze(allow_partial=True), (3, 1)),
     ],
     ids=named,
 )
@@ -384,6 +392,7 @@ def test_pooling_is_training_on_the_rows_of_both(make_model, make_data, make_row
         (BSS, {"weight": -1e-3}, "transfer.weight is -0.001"),
         (BSS, {"k": 0}, "transfer.k is 0; expected a whole number from 1"),
         (DiscriminativeLR, {"xi": 0.0}, r"transfer.xi is 0.0; expected a number in \(0"),
+        (GradualUnfreeze, {"epochs_per_group": 0}, "transfer.epochs_per_group is 0; expected a whole number from 1"),
         (LoRA, {"rank": 0}, "transfer.rank is 0; expected a whole number from 1"),
         (LoRA, {"alpha": 0.0}, "transfer.alpha is 0.0"),
         (LoRA, {"targets": "("}, r"transfer.targets is '\(', no pattern"),

@@ -81,7 +81,7 @@ class Adaptation:
       source_batches: Batches of rows that :meth:`adapt` reads beside the step's own.
       reads_target: Whether these are rows of the target, and not of the source.
       by_epoch: Whether it waits for :meth:`end_epoch`.
-      source_batches: Batches of source rows that :meth:`adapt` reads.
+      afresh: Whether the optimizer begins anew with every epoch.
       source_row_weight: Row weight of the source's rows where they are trained on like the target's; None: they are not.
       interpolates: Whether a step goes from the parameters to the mean of those that are adapted to its domains, with the
         distance in place of a gradient, and not along the gradient of the domains' losses.
@@ -100,6 +100,7 @@ class Adaptation:
     by_domain: ClassVar[bool] = False
     episodes: ClassVar[Episodes | None] = None
     by_epoch: ClassVar[bool] = False
+    afresh: ClassVar[bool] = False
 
     @property
     def source_batches(self) -> int:
@@ -126,6 +127,18 @@ class Adaptation:
     def for_domains(self, number: int) -> "Adaptation":
         """Itself, for rows of so many domains."""
         return self
+
+    def visits(
+        self, target: np.ndarray, source: np.ndarray | None, draw: np.random.Generator
+    ) -> list[np.ndarray] | None:
+        """Row numbers of an epoch, where it passes through some rows after others; None: through all in one order.
+
+        Args:
+          target: Domain of each row of the target.
+          source: The same of the source, whose rows come after those of the target; None where there is none.
+          draw: For what is random about it.
+        """
+        return None
 
     def phases(self) -> tuple[Callable[[str], bool], ...]:
         """What is trained, by path, in one stage after the other."""

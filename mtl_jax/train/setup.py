@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from mtl_jax.train.step import Step
 
 DEPLOYED = 2**31
 """Number of the stream that batches for deployment are drawn from, which no epoch has."""
+VISITS = 2
+"""Number of the streams of epochs that pass through some rows after others."""
 
 
 @dataclasses.dataclass
@@ -98,6 +100,7 @@ class Setup:
       epoch_steps: Least steps of an epoch, which passes over the rows several times for it.
       adaptation: Of the members, but for their numbers.
       num_source: Rows of the source.
+      source_domain: Their domains, where there are any.
       num_trained: Rows that an epoch passes over, those of a pooled source among them.
       programs: Compiled programs by what they were compiled for.
       compile_seconds: What they took, as far as no result has reported it.
@@ -123,6 +126,7 @@ class Setup:
     epoch_steps: int | None = None
     adaptation: Adaptation | None = None
     num_source: int = 0
+    source_domain: np.ndarray | None = None
     num_trained: int = 0
     programs: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
     compile_seconds: float = 0.0
@@ -198,6 +202,7 @@ class Setup:
             epoch_steps=epoch_steps,
             adaptation=adaptation,
             num_source=num_source,
+            source_domain=None if source is None else source.domain,
             num_trained=num_trained,
         )
 
@@ -221,6 +226,10 @@ class Setup:
         """
         if self.adaptation is not None and self.adaptation.episodes:
             return self._episodes(member, epoch)
+        draw = np.random.Generator(np.random.PCG64([member.order_seed, epoch, VISITS]))
+        visits = self.adaptation and self.adaptation.visits(self.data.train.domain, self.source_domain, draw)
+        if visits is not None:
+            return self._visited(visits, draw)
         beside = self.num_batches - 1
         passes = math.ceil((self.epoch_steps or 1) / math.ceil(self.num_trained / self.batch_size))
 
@@ -241,6 +250,17 @@ class Setup:
         source = source[skipped : skipped + needed].reshape(len(order), beside, -1)
         source = np.where(source < 0, -1, source + self.data.train.num_rows)
         return np.concatenate([order[:, None], source], axis=1).transpose(0, 2, 1).reshape(len(order), -1)
+
+    def _visited(self, visits: Sequence[np.ndarray], draw: np.random.Generator) -> np.ndarray:
+        """Batches of one set of rows after the other, each as often as an epoch's least steps take."""
+        steps = [math.ceil(len(rows) / self.batch_size) for rows in visits]
+        passes = math.ceil((self.epoch_steps or 1) / sum(steps))
+        order = [
+            np.pad(draw.permutation(rows), (0, number * self.batch_size - len(rows)), constant_values=-1)
+            for rows, number in zip(visits, steps, strict=True)
+            for _ in range(passes)
+        ]
+        return np.concatenate(order).astype(np.int32).reshape(-1, self.batch_size)
 
     def _episodes(self, member: Member, epoch: int) -> np.ndarray:
         num_domains, blocks = self.adaptation.episodes

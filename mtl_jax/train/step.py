@@ -191,7 +191,7 @@ class Step:
         of_model = params
         if adaptation is not None:
             adaptation = adaptation.simplified()
-            check_adaptation(adaptation, functional, axis)
+            check_adaptation(adaptation, functional, axis, average)
             if rates := adaptation.rates(params):
                 optimizer = dataclasses.replace(optimizer, rate_scale=optimizer.rate_scale | rates)
             params, kept = adaptation.init(params, origin or {}, stream(key, "transfer"))
@@ -475,6 +475,9 @@ class Step:
             arrays, kept = self.adaptation.end_epoch(state.params | state.tables, state.kept.arrays)
             params, rows = ({path: arrays[path] for path in part} for part in (state.params, state.tables))
             state = state._replace(params=params, tables=rows, kept=state.kept._replace(arrays=kept))
+            if self.adaptation.afresh:
+                row_opt = {path: self.optimizer.rows(path).init(array) for path, array in rows.items()}
+                state = state._replace(opt=self.optimizer.dense().init(params), row_opt=row_opt)
         return state
 
     def _groups(self, state: TrainState) -> tuple[dict[str, int], Int[Array, ""] | int]:
@@ -657,8 +660,15 @@ class Step:
         )
 
 
-def check_adaptation(adaptation: Adaptation, functional: Functional, axis: str | None) -> None:
-    """Raises a ConfigError for a model or devices that an adaptation cannot work with."""
+def check_adaptation(
+    adaptation: Adaptation, functional: Functional, axis: str | None, average: float | None = None
+) -> None:
+    """Raises a ConfigError for a model, devices or an average that an adaptation cannot work with."""
+    if adaptation.afresh and average:
+        raise ConfigError(
+            f"transfer '{type(adaptation).__name__}' goes back at the end of an epoch, and trainer.average={average} would "
+            "keep what it comes from; expected null. Change it"
+        )
     if (adaptation.source_batches or adaptation.episodes) and functional.state_paths:
         raise ConfigError(
             f"transfer '{type(adaptation).__name__}' takes gradient steps inside of a step, and this sharing keeps "

@@ -4,6 +4,8 @@ from mtl_jax.transfer.bitfit import BitFit
 from mtl_jax.transfer.bss import BSS
 from mtl_jax.transfer.discriminative_lr import DiscriminativeLR
 from mtl_jax.transfer.distill import Distill
+from mtl_jax.transfer.domain_negotiation import DomainNegotiation
+from mtl_jax.transfer.domain_regularisation import DomainRegularisation
 from mtl_jax.transfer.feature_distill import FeatureDistill
 from mtl_jax.transfer.fine_tune import FineTune
 from mtl_jax.transfer.gradient import gradient_transfer, gradient_update, implicit_update
@@ -36,6 +38,8 @@ __all__ = [
     "Coverage",
     "DiscriminativeLR",
     "Distill",
+    "DomainNegotiation",
+    "DomainRegularisation",
     "FeatureDistill",
     "FineTune",
     "GradientTransfer",

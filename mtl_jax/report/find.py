@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # What the command of the reference run must not take over: the nodes it replaces, and a folder that is taken.
 FOLDERS = r"hydra\.run\.dir|hydra\.sweep\.(dir|subdir)"
 REPLACED = re.compile(rf"^[+~]*(sharing|balancing|{FOLDERS})([.@=]|$)")
-REPLACED_BY_SCRATCH = re.compile(rf"^[+~]*(transfer|{FOLDERS})([.@=]|$)")
+REPLACED_BY_SCRATCH = re.compile(rf"^[+~]*(transfer|pretraining|{FOLDERS})([.@=]|$)")
 
 
 def records(root: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from mtl_jax.model import MultiTaskModel
 from mtl_jax.tasks import Task
 
 TEACHER = "teacher"
@@ -97,6 +98,15 @@ class Adaptation:
     def simplified(self) -> "Adaptation":
         """Itself; or what is left of it where a coefficient is the constant 0, whose term is then not computed at all."""
         return self
+
+    def prepared(self, model: MultiTaskModel, key: PRNGKeyArray) -> MultiTaskModel:
+        """The model with modules that training adds to it, before anything else is asked of the strategy.
+
+        Args:
+          model: With what was loaded; it stays as it is.
+          key: For the initial values of these modules.
+        """
+        return model
 
     def phases(self) -> tuple[Callable[[str], bool], ...]:
         """What is trained, by path, in one stage after the other."""

@@ -23,6 +23,8 @@ OUTPUTS = "outputs"
 TASK, LINKED = "task", "linked"
 COPY = "aux/copy"
 """Where copies of a model's parameters are that are trained beside it; they follow the rules of what they are copies of."""
+ADAPTER = "aux/adapter"
+"""Label of what training adds between shared layers (:class:`mtl_jax.nn.Adapters`); balancing counts it among them."""
 ENCODING = ("encoder", "histories")
 """Where the layers lie that make the strategy's input, beside the tables."""
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from mtl_jax.model import MultiTaskModel
 from mtl_jax.tasks import Task
 
 TEACHER = "teacher"
@@ -139,6 +140,15 @@ class Adaptation:
           draw: For what is random about it.
         """
         return None
+
+    def prepared(self, model: MultiTaskModel, key: PRNGKeyArray) -> MultiTaskModel:
+        """The model with modules that training adds to it, before anything else is asked of the strategy.
+
+        Args:
+          model: With what was loaded; it stays as it is.
+          key: For the initial values of these modules.
+        """
+        return model
 
     def phases(self) -> tuple[Callable[[str], bool], ...]:
         """What is trained, by path, in one stage after the other."""

@@ -66,7 +66,7 @@ class RunStack:
         self.members = tuple(members)
         self.size = setup.devices.multiple(size or len(self.members))
         self.stages, self.data = setup.stages, setup.data
-        self.models = [member.model() for member in self.members]
+        self.models = [member.initial() for member in self.members]
         self.shared_order = len({member.order_seed for member in self.members}) == 1
         names = repr([(m.name, m.seed, m.order_seed) for m in self.members])
         identity = hashlib.sha256(names.encode()).hexdigest()[:16]

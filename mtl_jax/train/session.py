@@ -39,7 +39,7 @@ class Session:
 
     def __post_init__(self):
         self.stages, self.data, self.devices = self.setup.stages, self.setup.data, self.setup.devices
-        self.model = self.member.model()
+        self.model = self.member.initial()
         self.checkpoints = self.setup.checkpoints(self.member.checkpoints, self.member.seed)
         self.observer = self.member.observer
 

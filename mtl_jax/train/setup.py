@@ -19,6 +19,7 @@ from mtl_jax.data.dataset import Dataset, Encoded, TrainingData, concatenated
 from mtl_jax.data.schema import Schema
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel
+from mtl_jax.nn import stream
 from mtl_jax.train import tables
 from mtl_jax.train.adaptation import Adaptation, Origin
 from mtl_jax.train.checkpoint import Checkpoints
@@ -73,6 +74,13 @@ class Member:
         self.optimizer = as_optimizer(Optimizer() if self.optimizer is None else self.optimizer)
         self.order_seed = self.seed if self.order_seed is None else self.order_seed
         self.observer = self.observer or Quiet()
+
+    def initial(self) -> MultiTaskModel:
+        """The model that training begins with: with what the adaptation adds to it."""
+        model = self.model()
+        if self.adaptation is None:
+            return model
+        return self.adaptation.simplified().prepared(model, stream(jax.random.key(self.seed), "transfer/modules"))
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """From a source to a target: what is handed on, ways to train with it, and updates of parameters as pure functions."""
 
+from mtl_jax.transfer.adapter import Adapter
 from mtl_jax.transfer.bitfit import BitFit
 from mtl_jax.transfer.bss import BSS
 from mtl_jax.transfer.discriminative_lr import DiscriminativeLR
@@ -33,6 +34,7 @@ __all__ = [
     "L2SP",
     "MAML",
     "MLDG",
+    "Adapter",
     "Artefact",
     "BitFit",
     "Coverage",

@@ -100,7 +100,9 @@ def make_step(schema, arrays_of):
     """(model, adaptation, ...) -> (step, state) in the first phase of the adaptation; all of the model is a source's."""
 
     def build(model, adaptation, *, phase=0, origin=None, tasks=schema.tasks, balancer=None, key=0, **options):
+        origin = dict.fromkeys(arrays_of(model), True) if origin is None else origin
         if adaptation is not None:
+            model = adaptation.prepared(model, jax.random.key(key))
             options["trainable"] = adaptation.phases()[phase]
         return Step.of(
             model,
@@ -108,7 +110,7 @@ def make_step(schema, arrays_of):
             key=jax.random.key(key),
             balancer=equal() if balancer is None else balancer,
             adaptation=adaptation,
-            origin=dict.fromkeys(arrays_of(model), True) if origin is None else origin,
+            origin=origin,
             **options,
         )
 

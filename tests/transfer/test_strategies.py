@@ -20,6 +20,7 @@ from mtl_jax.train.state import Functional
 from mtl_jax.transfer import (
     BSS,
     L2SP,
+    Adapter,
     BitFit,
     DiscriminativeLR,
     Distill,
@@ -44,6 +45,12 @@ BIASES = {f"sharing/bottom/layers/{n}/bias" for n in (0, 1)}
 TOWERS = {f"task/{task}/tower/head/{name}" for task in ("click", "spend") for name in ("kernel", "bias")}
 SHARED = KERNELS | BIASES
 ALL = TABLE | SHARED | TOWERS
+ADAPTERS = {
+    f"sharing/bottom/aux/adapter/{n}/{part}/{name}"
+    for n in (0, 1)
+    for part in ("down", "up")
+    for name in ("kernel", "bias")
+}
 
 
 def named(value):
@@ -56,14 +63,15 @@ def beside(prefix, paths, *names):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A strategy with what it trains, what of the model then moves, and whether it deploys at first what was loaded; after
-    so many epochs."""
+    """A strategy with what it trains, what of the model then moves, whether it deploys at first what was loaded, after how
+    many epochs, and what is deployed beside that."""
 
     strategy: object
     trained: frozenset
     moved: frozenset = frozenset(ALL)
     same_at_first: bool = True
     epochs: int = 0
+    added: frozenset = frozenset()
 
     @property
     def batches(self):
@@ -84,6 +92,7 @@ CASES = {
     "feature_distill": Case(FeatureDistill(), ALL),
     "bss": Case(BSS(), ALL),
     "lwf": Case(LwF(), ALL | {f"aux/copy/{path}" for path in TOWERS}),
+    "adapter": Case(Adapter(3), ADAPTERS | TOWERS, ADAPTERS | TOWERS, added=ADAPTERS),
     "lora": Case(LoRA(2), beside("aux/lora", KERNELS, "a", "b") | TOWERS, KERNELS | TOWERS),
     "lora of one": Case(
         LoRA(2, targets=".*/0/kernel", rank_stabilised=True),
@@ -180,8 +189,10 @@ def test_the_deployed_model_is_an_ordinary_one_and_at_first_the_one_that_was_loa
     case, model = CASES[name], make_model()
     step, state = make_step(model, case.strategy, batches=sources(case.strategy.source_batches))
     loaded, deployed = arrays_of(model), step.evaluated(state)
-    assert deployed.keys() == loaded.keys()
-    assert changed(loaded, deployed) == (set() if case.same_at_first else case.moved - _out_of_scope(case))
+    assert deployed.keys() == loaded.keys() | case.added
+    assert changed(loaded, {path: deployed[path] for path in loaded}) == (
+        set() if case.same_at_first else case.moved - _out_of_scope(case)
+    )
     outputs = step.functional.merge(deployed)(make_batch(ROWS))
     assert all(np.all(np.isfinite(output)) for output in outputs.values())
 
@@ -260,6 +271,7 @@ def test_a_whole_run_with_a_step_size_of_zero_is_one_of_fine_tuning(setup_of, me
     [
         (L2SP(), (2, 3)),
         (LoRA(2), (2, 3)),
+        (Adapter(2), (2, 3)),
         (LinearProbe(then_all=True), (4, 4)),
         (GradientTransfer(), (2, 3)),
         (GradualUnfreeze(allow_partial=True), (3, 1)),
@@ -393,6 +405,8 @@ def test_pooling_is_training_on_the_rows_of_both(make_model, make_data, make_row
         (BSS, {"k": 0}, "transfer.k is 0; expected a whole number from 1"),
         (DiscriminativeLR, {"xi": 0.0}, r"transfer.xi is 0.0; expected a number in \(0"),
         (GradualUnfreeze, {"epochs_per_group": 0}, "transfer.epochs_per_group is 0; expected a whole number from 1"),
+        (Adapter, {"width": 0}, "transfer.width is 0; expected a whole number from 1"),
+        (Adapter, {"targets": "["}, r"transfer.targets is '\[', no pattern"),
         (LoRA, {"rank": 0}, "transfer.rank is 0; expected a whole number from 1"),
         (LoRA, {"alpha": 0.0}, "transfer.alpha is 0.0"),
         (LoRA, {"targets": "("}, r"transfer.targets is '\(', no pattern"),

@@ -2,6 +2,8 @@
 
 from mtl_jax.transfer.bitfit import BitFit
 from mtl_jax.transfer.bss import BSS
+from mtl_jax.transfer.co_tuning import CoTuning
+from mtl_jax.transfer.delta import Delta
 from mtl_jax.transfer.discriminative_lr import DiscriminativeLR
 from mtl_jax.transfer.distill import Distill
 from mtl_jax.transfer.feature_distill import FeatureDistill
@@ -24,7 +26,9 @@ __all__ = [
     "L2SP",
     "Artefact",
     "BitFit",
+    "CoTuning",
     "Coverage",
+    "Delta",
     "DiscriminativeLR",
     "Distill",
     "FeatureDistill",

@@ -3,6 +3,8 @@
 from mtl_jax.transfer.adapter import Adapter
 from mtl_jax.transfer.bitfit import BitFit
 from mtl_jax.transfer.bss import BSS
+from mtl_jax.transfer.co_tuning import CoTuning
+from mtl_jax.transfer.delta import Delta
 from mtl_jax.transfer.discriminative_lr import DiscriminativeLR
 from mtl_jax.transfer.distill import Distill
 from mtl_jax.transfer.domain_negotiation import DomainNegotiation
@@ -37,7 +39,9 @@ __all__ = [
     "Adapter",
     "Artefact",
     "BitFit",
+    "CoTuning",
     "Coverage",
+    "Delta",
     "DiscriminativeLR",
     "Distill",
     "DomainNegotiation",

@@ -10,6 +10,7 @@ from mtl_jax.transfer.gradient import gradient_transfer, gradient_update, implic
 from mtl_jax.transfer.gradient_in_step import GradientTransfer
 from mtl_jax.transfer.gradual_unfreeze import GradualUnfreeze
 from mtl_jax.transfer.l2_sp import L2SP
+from mtl_jax.transfer.lin_int import Interpolation, LinInt, interpolated
 from mtl_jax.transfer.linear_map import LinearMap
 from mtl_jax.transfer.linear_probe import LinearProbe
 from mtl_jax.transfer.loading import Artefact, Coverage, Loading, load
@@ -17,6 +18,7 @@ from mtl_jax.transfer.lora import LoRA
 from mtl_jax.transfer.lwf import LwF
 from mtl_jax.transfer.nonlinear_map import NonlinearMap
 from mtl_jax.transfer.pooled import Pooled
+from mtl_jax.transfer.pred import Pred, with_outputs
 from mtl_jax.transfer.scratch import Scratch
 from mtl_jax.transfer.zero_shot import ZeroShot
 
@@ -32,6 +34,8 @@ __all__ = [
     "FineTune",
     "GradientTransfer",
     "GradualUnfreeze",
+    "Interpolation",
+    "LinInt",
     "LinearMap",
     "LinearProbe",
     "LoRA",
@@ -39,10 +43,13 @@ __all__ = [
     "LwF",
     "NonlinearMap",
     "Pooled",
+    "Pred",
     "Scratch",
     "ZeroShot",
     "gradient_transfer",
     "gradient_update",
     "implicit_update",
+    "interpolated",
     "load",
+    "with_outputs",
 ]

@@ -191,6 +191,8 @@ class Job:
 
     def complete(self, result: Result) -> dict[str, Any]:
         """Opens the test part for what was selected, and writes the record."""
+        if self.handover is not None:
+            result = self.handover.deployed(result)
         self.home.write_history(result.history)
         self.home.log(f"tables {result.table_updates}")
         selection = {

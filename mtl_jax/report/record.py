@@ -149,6 +149,7 @@ SCHEMA = {
         "adversary_accuracy?": "any",
         "gate_entropy?": "any",
         "gate_use?": "any",
+        "source_share?": {"*": "number"},
         "gradient_transfer?": {"norm?": "any", "sign?": "number|null"},
     },
     "flags": {

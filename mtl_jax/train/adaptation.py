@@ -82,7 +82,9 @@ class Adaptation:
     that a run axis can map them, everything else is static.
 
     Attributes:
-      needs_source: Whether parameters of a source are needed.
+      needs_source: Whether training begins with parameters of a source.
+      reads_outputs: Whether the outputs of the source's model are features of each row.
+      mixes_outputs: Whether they are a part of the deployed outputs.
       trains: Whether anything is trained; otherwise the model is judged as it was loaded.
       adapts: Whether the model's parameters are a function of those that are trained (see :meth:`adapt`), in every step.
       starts: Whether training starts from what :meth:`adapt` makes of the model's values, once.
@@ -101,6 +103,8 @@ class Adaptation:
     """
 
     needs_source: ClassVar[bool] = True
+    reads_outputs: ClassVar[bool] = False
+    mixes_outputs: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     adapts: ClassVar[bool] = False
     starts: ClassVar[bool] = False
@@ -121,6 +125,11 @@ class Adaptation:
     @property
     def source_row_weight(self) -> float | None:
         return None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a trained model of the source is needed."""
+        return self.needs_source or self.reads_outputs or self.mixes_outputs
 
     @property
     def batches_beside(self) -> int:

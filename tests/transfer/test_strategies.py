@@ -33,10 +33,12 @@ from mtl_jax.transfer import (
     GradualUnfreeze,
     LinearMap,
     LinearProbe,
+    LinInt,
     LoRA,
     LwF,
     NonlinearMap,
     Pooled,
+    Pred,
     Scratch,
     ZeroShot,
 )
@@ -96,6 +98,8 @@ CASES = {
     "discriminative_lr": Case(DiscriminativeLR(), ALL),
     "gradual_unfreeze": Case(GradualUnfreeze(), ALL, epochs=3),
     "pooled": Case(Pooled(0.5), ALL),
+    "pred": Case(Pred(), ALL),
+    "lin_int": Case(LinInt(), ALL),
     "l2_sp": Case(L2SP(), ALL),
     "distill": Case(Distill(), ALL),
     "feature_distill": Case(FeatureDistill(), ALL),
@@ -130,6 +134,7 @@ CASES = {
 
 
 ALIKE = {"scratch", "pooled", "linear_probe then all", "lora of one", "update", "delta"}
+ALIKE = {"scratch", "pooled", "pred", "lin_int", "linear_probe then all", "lora of one", "update"}
 """Their first stage is the program of another case."""
 
 

@@ -284,7 +284,8 @@ class Step:
         before = state.params | rows
         forward, penalty, inputs, batch = self._adaptation(state, inputs, batch, compacted, key)
         adapted, pull = (before, None) if forward is None else jax.vjp(forward, before)
-        problem = self._problem(adapted, state, inputs, batch, key)
+        problem = self._problem(adapted, state, batch, key)
+        problem = problem._replace(rows=self._rows(inputs, batch, key))
         if self.by_domain:
             problem = _of_domains(problem, self.adaptation.domain_weights())
         balanced = self._balance(adapted, state, problem, key)
@@ -491,7 +492,7 @@ class Step:
 
     def _loss(self, params: Params, state: TrainState, part: "_Part", key, train: bool, units=None) -> Float[Array, ""]:
         """The sum of the tasks' losses on some rows."""
-        problem = self._problem(params, state, part.inputs, part.batch, key, train, units)
+        problem = self._problem(params, state, part.batch, key, train, units)
         return jnp.sum(task_losses(problem.common, problem.heads, params, part=part).loss)
 
     def _average(self, state: TrainState, params, new_tables, compacted, update, proceed):
@@ -532,7 +533,6 @@ class Step:
         self,
         params: Params,
         state: TrainState,
-        inputs: Inputs,
         batch: Mapping[str, Any],
         key,
         train: bool = True,
@@ -588,7 +588,7 @@ class Step:
             return self.functional.states(model)
 
         heads = {task.name: head(task) for task in self.tasks}
-        return _Problem(common, heads, row_regulariser, states, self._rows(inputs, batch, key))
+        return _Problem(common, heads, row_regulariser, states)
 
     def _balance(self, params: Params, state: TrainState, problem: "_Problem", key) -> Balanced:
         model = self.functional.merge(params, state.rest)
@@ -776,13 +776,13 @@ class _Part(NamedTuple):
 
 class _Problem(NamedTuple):
     """The losses of a step: to the cut, from there to each task's loss, the penalty on rows, what modules assign
-    themselves, and the rows (``part``, ``parts``, ``sample``)."""
+    themselves, and the rows of a train step (``part``, ``parts``, ``sample``)."""
 
     common: Callable
     heads: dict[str, Callable]
     row_regulariser: Callable
     states: Callable
-    rows: dict[str, _Part]
+    rows: dict[str, _Part] | None = None
 
 
 class _Adapted(NamedTuple):

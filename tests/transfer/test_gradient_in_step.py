@@ -17,7 +17,7 @@ from mtl_jax.balancing import equal, fixed, pcgrad
 from mtl_jax.data.batching import as_batch, take
 from mtl_jax.errors import ConfigError, Interrupted
 from mtl_jax.sharing import ResFlow
-from mtl_jax.train import BalancingOptions, Member, Optimizer
+from mtl_jax.train import BalancingOptions, Member, Optimizer, fit
 from mtl_jax.train.adaptation import structure
 from mtl_jax.train.session import Session
 from mtl_jax.train.setup import Setup
@@ -236,6 +236,16 @@ def test_a_run_is_its_steps_one_after_the_other(make_data, make_rows, make_model
     deployed = state.kept.batches
     assert deployed["ids"].shape == (1, 8, 1)
     close(session.evaluated(state), moved(params, [jax.tree.map(lambda column: column[0], deployed)]))
+
+
+def test_a_run_in_parts_that_do_not_divide_its_batches_is_the_run_in_one(make_data, make_rows, make_model, arrays_of):
+    options = {"batch_size": 8, "epochs": 1, "steps_per_call": 4, "adaptation": GradientTransfer(ETA), "optimizer": SGD}
+    whole, parts = (
+        arrays_of(fit(make_model(), make_data(), source=make_rows(17, 30), micro_batches=number, **options).model)
+        for number in (1, 3)
+    )
+    for path in whole:
+        np.testing.assert_allclose(parts[path], whole[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
 
 def test_statistics_of_batches_and_devices_of_their_own_are_refused(make_model, make_step):

@@ -1,11 +1,14 @@
-"""What gradient-based transfer costs: each mode against a plain step, and MAML on sine waves next to torch.func.
+"""What transfer costs: modes of the gradient-based update and whole train steps against a plain one, and MAML on sine
+waves next to torch.func.
 
     python benchmarks/transfer_cost.py                                  # a minute
     python benchmarks/transfer_cost.py --peer-python PEERS/bin/python   # with MAML in PyTorch, in an environment of its own
     python benchmarks/transfer_cost.py --repeats 7 --json OUT.json
 
 A step is one of Adam on a network of 191 numbers with 2 or 8 binary tasks, batches of 2048 rows of source and target. The
-plain step sees the target alone. To be reached, on a CPU with two cores:
+plain step sees the target alone. Whole train steps are those of `fit`: with `constrained` and `first_order` they have 2048
+rows of the source beside the target's, over four domains (`maml`, `fomaml`, `mldg`, `reptile`) 2048 in all. To be reached,
+on a CPU with two cores:
 
 - `constrained`, one inner step: at most 4.5 x the plain step; `first_order`: at most 2.3 x; with 8 tasks as with 2;
 - MAML with 40 inner tasks, 1 and 5 inner steps: at least 3 x as fast as PyTorch.
@@ -28,7 +31,7 @@ from benchmarks import machine
 from benchmarks.balancing_cost import Busy, Worker, interpreter
 from benchmarks.balancing_summary import QUIET, print_table
 from benchmarks.train_throughput import limit_threads, machine_facts, schedule
-from benchmarks.transfer_worker import BATCH, IMPLICIT, MODES, PLAIN, STEPS
+from benchmarks.transfer_worker import BATCH, DOMAINS, IMPLICIT, MODES, PLAIN, STEPS, STRATEGIES
 
 OURS = [sys.executable, "-m", "benchmarks.transfer_worker"]
 PEER = ["-m", "benchmarks.transfer_torch"]
@@ -57,6 +60,7 @@ def main() -> None:
             "repeats": options.repeats,
             "threads": options.threads,
             "implicit": IMPLICIT,
+            "domains": DOMAINS,
         },
     }
     record |= summary(record)
@@ -81,7 +85,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """What the processes say: one line a round and measurement."""
     peer = [str(interpreter(options.peer_python)), *PEER] if options.peer_python else None
-    steps, waves = [], []
+    steps, trained, waves = [], [], []
     cases = {f"{tasks} {units}": (tasks, units) for tasks in TASKS for units in ENCODERS}
     with Worker(OURS) as ours, Worker(peer) as theirs:
         for turn, order in enumerate(schedule(list(cases), options.repeats)):
@@ -89,6 +93,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 asked = {"part": "step", "tasks": tasks, "encoder": units}
                 seconds = {mode: ours.ask(mode=mode, **asked)["seconds"] for mode in (PLAIN, *MODES)}
                 steps.append({"tasks": tasks, "encoder": list(units), "round": turn, "seconds": seconds})
+                asked["part"] = "train"
+                seconds = {name: ours.ask(strategy=name, **asked)["seconds"] for name in (PLAIN, *STRATEGIES)}
+                trained.append({"tasks": tasks, "encoder": list(units), "round": turn, "seconds": seconds})
             for number in INNER_STEPS:
                 seconds = {"ours": ours.ask(part="maml", inner_steps=number)["seconds"]}
                 if peer:
@@ -99,7 +106,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "device": ours.facts["device"],
             "versions": theirs.facts.get("versions", {}) | ours.facts["versions"],
         }
-    return facts | {"step_runs": steps, "maml_runs": waves}
+    return facts | {"step_runs": steps, "train_runs": trained, "maml_runs": waves}
 
 
 def summary(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,14 +120,15 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
         }
         return {"seconds": seconds, "ratios": ratios}
 
-    steps = [
-        {"tasks": tasks, "encoder": list(units)}
-        | medians(
-            [run for run in record["step_runs"] if (run["tasks"], tuple(run["encoder"])) == (tasks, units)], PLAIN
-        )
-        for tasks in TASKS
-        for units in ENCODERS
-    ]
+    def by_case(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {"tasks": tasks, "encoder": list(units)}
+            | medians([run for run in runs if (run["tasks"], tuple(run["encoder"])) == (tasks, units)], PLAIN)
+            for tasks in TASKS
+            for units in ENCODERS
+        ]
+
+    steps, trained = by_case(record["step_runs"]), by_case(record["train_runs"])
     waves = [
         {"inner_steps": number} | medians([run for run in record["maml_runs"] if run["inner_steps"] == number], "ours")
         for number in INNER_STEPS
@@ -136,18 +144,18 @@ def summary(record: Mapping[str, Any]) -> dict[str, Any]:
         speed = row["ratios"].get("torch")
         text = f"MAML with {row['inner_steps']} inner steps is at least {LEAST:g} x as fast as torch.func"
         goals.append({"text": text, "worst": speed, "where": "sines", "met": None if speed is None else speed >= LEAST})
-    return {"steps": steps, "maml": waves, "goals": goals}
+    return {"steps": steps, "trained": trained, "maml": waves, "goals": goals}
 
 
 def show(record: Mapping[str, Any]) -> None:
     """Prints the tables, then what they mean."""
-    names = (PLAIN, *MODES)
-    rows = [("tasks", "encoder", *(f"{name}, ms" for name in names))]
-    for row in record["steps"]:
-        cells = [f"{1e3 * row['seconds'][name]:.2f} ({row['ratios'][name]:.2f} x)" for name in names]
-        rows.append((str(row["tasks"]), "-".join(map(str, row["encoder"])), *cells))
-    print_table(rows, left=("encoder",))
-    print()
+    for part, names in (("steps", (PLAIN, *MODES)), ("trained", (PLAIN, *STRATEGIES))):
+        rows = [("tasks", "encoder", *(f"{name}, ms" for name in names))]
+        for row in record[part]:
+            cells = [f"{1e3 * row['seconds'][name]:.2f} ({row['ratios'][name]:.2f} x)" for name in names]
+            rows.append((str(row["tasks"]), "-".join(map(str, row["encoder"])), *cells))
+        print_table(rows, left=("encoder",))
+        print()
     rows = [("MAML, inner steps", "ms", "torch.func, ms", "ours is")]
     for row in record["maml"]:
         seconds, speed = row["seconds"], row["ratios"].get("torch")

@@ -3,6 +3,7 @@
     python -m benchmarks.transfer_worker            # then a request a line:
     {"part": "step", "mode": "constrained", "tasks": 2, "encoder": [64, 32]}
     {"part": "maml", "inner_steps": 5}
+    {"part": "train", "strategy": "maml", "tasks": 2, "encoder": [64, 32]}
 
 benchmarks/transfer_cost.py starts it and asks. Requests and answers are JSON, one a line.
 """
@@ -14,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.balancing_worker import NUM_DENSE, serve
+from benchmarks.balancing_worker import NUM_DENSE, Case, Steps, orders, serve
 from benchmarks.machine import versions
 from benchmarks.vectorised_worker import allow_missing_polars
 
 MODES = ("constrained", "first_order", "joint", "implicit", "update")
 PLAIN = "plain"
+STRATEGIES = ("l2_sp", "distill", "lora", "constrained", "first_order", "maml", "fomaml", "mldg", "reptile")
+DOMAINS = 4
 BATCH, STEPS, RATE = 2048, 32, 1e-3
 IMPLICIT = {"num_steps": 4, "num_cg_steps": 4}
 SINES, SHOTS, UNITS, INNER_RATE = 40, 10, (40, 40), 0.01
@@ -63,6 +66,8 @@ def answer(request: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of a step."""
     if request["part"] == "maml":
         return {"seconds": measured(maml(request["inner_steps"]))}
+    if request["part"] == "train":
+        return {"seconds": measured(train(request["strategy"], request["tasks"], tuple(request["encoder"])))}
     return {"seconds": measured(transfer(request["mode"], request["tasks"], tuple(request["encoder"])))}
 
 
@@ -146,6 +151,67 @@ def transfer(mode: str, tasks: int, units: tuple[int, ...]) -> Callable[[int], N
 
     start = (params, jax.tree.map(jnp.copy, params)) if pair else params
     return _repeated(step, (start, optimizer.init(start)), jnp.asarray(order))
+
+
+def _adaptation(name: str) -> Any:
+    from mtl_jax import transfer
+
+    made = {
+        "l2_sp": transfer.L2SP,
+        "distill": transfer.Distill,
+        "lora": transfer.LoRA,
+        "constrained": transfer.GradientTransfer,
+        "first_order": functools.partial(transfer.GradientTransfer, mode="first_order"),
+        "maml": functools.partial(transfer.MAML, DOMAINS),
+        "fomaml": functools.partial(transfer.MAML, DOMAINS, first_order=True),
+        "mldg": functools.partial(transfer.MLDG, DOMAINS),
+        "reptile": functools.partial(transfer.Reptile, DOMAINS, num_steps=2),
+    }
+    return made[name]()
+
+
+@functools.cache
+def train(strategy: str, tasks: int, units: tuple[int, ...]) -> Callable[[int], None]:
+    """Whole train steps with a strategy, or without one (``plain``), as ``fit`` makes them."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from mtl_jax import MultiTaskModel
+    from mtl_jax.balancing import equal
+    from mtl_jax.nn import Tower
+    from mtl_jax.sharing import SharedBottom
+    from mtl_jax.train import Optimizer, Step, compile_step
+    from mtl_jax.train.loop import run_steps
+
+    case = Case(tasks, units, BATCH, STEPS)
+    rows, adaptation = Steps(case), None if strategy == PLAIN else _adaptation(strategy)
+    model = MultiTaskModel(
+        rows.schema,
+        sharing=functools.partial(SharedBottom, units=units, dropout=0.0),
+        towers=functools.partial(Tower, units=(), dropout=0.0),
+        rngs=nnx.Rngs(0),
+    )
+    options = {"trainable": adaptation.phases()[0]} if adaptation else {}
+    step, state = Step.of(
+        model,
+        rows.schema.tasks,
+        key=jax.random.key(0),
+        balancer=equal(),
+        optimizer=Optimizer(learning_rate=RATE),
+        adaptation=adaptation,
+        **options,
+    )
+    beside = adaptation.batches_beside if adaptation else 0
+    order = jnp.asarray(np.concatenate([orders(case, number) for number in range(1 + beside)], axis=1))
+    program, numbers, kept = compile_step(run_steps(step)), step.numbers(), [state]
+
+    def run(count: int) -> None:
+        kept[0], sums = program(kept[0], rows.data, order, np.int32(count), numbers)
+        if (made := int(jax.device_get(sums.steps))) != count:
+            raise RuntimeError(f"'{strategy}' made {made} of {count} steps; expected all, with finite numbers")
+
+    return run
 
 
 @functools.cache

@@ -271,8 +271,10 @@ def _of_setup(config: Mapping[str, Any]) -> list[Any]:
     common = [
         config[key] for key in ("data", "objective", "parallel", "training", "source", "target", "select", "loading")
     ]
+    adaptation = adaptation_of(config).simplified()
     apart = None if config["select"] == "given" else config["seed"]  # each seed may choose another source
-    return [trainer, options, common, apart, str(structure(adaptation_of(config).simplified()))]
+    apart = config if adaptation.reads_outputs else apart  # each run of a source says something else of the rows
+    return [trainer, options, common, apart, str(structure(adaptation))]
 
 
 def _of_program(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from mtl_jax.errors import ConfigError
 
 SINGLE_TASK, SCRATCH = "single_task", "scratch"
 BASELINES = (SINGLE_TASK, SCRATCH)
-METHOD_GROUPS = ("sharing", "link", "balancing", "transfer", "alignment")
+METHOD_GROUPS = ("sharing", "link", "balancing", "pretraining", "transfer", "alignment")
 METHOD = re.compile(rf"^[+~]*({'|'.join(METHOD_GROUPS)})([.@=]|$)")
-TRANSFER = re.compile(r"^[+~]*(transfer|alignment)([.@=]|$)")
+TRANSFER = re.compile(r"^[+~]*(transfer|pretraining|alignment)([.@=]|$)")
 
 
 class Arm(NamedTuple):

@@ -1,5 +1,6 @@
 """From a configured source to what the target's run begins with: the source is found or trained, and loaded."""
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from mtl_jax.train import Result
 from mtl_jax.train.adaptation import Adaptation
 from mtl_jax.transfer import Artefact, Loading, load
 from mtl_jax.transfer.loading import MANIFEST
+from mtl_jax.transfer.pred import with_outputs
 from mtl_jax.transfer.select import choose, gradient_cosine
 
 FOLDER, ARTEFACT = "source", "artefact"
@@ -51,7 +53,7 @@ def hand_over(
     if config["target"] is None and not adaptation.by_domain:
         return None
     own = shared.dataset(config)
-    if not (adaptation.needs_source or adaptation.needs_rows):
+    if not (adaptation.needs_model or adaptation.needs_rows):
         return Handover(own, build_model(config, own), adaptation)
     started = time.perf_counter()
     names, scores = _chosen(config, shared, should_stop, told)
@@ -60,7 +62,7 @@ def hand_over(
     dataset = shared.continuation(own, source)
     model = build_model(config, dataset)
     selected = stage("select", report={"how": config["select"], "chosen": names, "scores": scores})
-    if not adaptation.needs_source:
+    if not adaptation.needs_model:
         needs = ["source_data"]
         return Handover(dataset, model, adaptation, source=source, stages=(selected | {"needs": needs},))
     artefact, record = trained_source(of_source, shared, should_stop, told)
@@ -75,7 +77,14 @@ def hand_over(
         seconds=time.perf_counter() - started,
     )
     stages = (trained, selected, moved)
-    return Handover(dataset, loading.model, adaptation, loading.origin, source, record, stages)
+    if adaptation.needs_source:
+        return Handover(dataset, loading.model, adaptation, loading.origin, source, record, stages)
+    if adaptation.reads_outputs:
+        alike = (dataclasses.replace(one, schema=dataset.schema) for one in (dataset, source))
+        dataset, source = (with_outputs(one, loading.model) for one in alike)
+        model = build_model(config, dataset)
+    beside = loading.model if adaptation.mixes_outputs else None
+    return Handover(dataset, model, adaptation, None, source, record, stages, beside)
 
 
 def trained_source(
@@ -160,10 +169,11 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _loaded(config: Mapping[str, Any], model: Any, dataset: Any, artefact: Artefact, adaptation: Adaptation) -> Loading:
     loading = load(model, dataset.schema, artefact, **_options(config))
-    if not adaptation.trains and loading.reinitialised:
+    if loading.reinitialised and not (adaptation.trains and adaptation.needs_source):
+        what = "reads what the source's model says" if adaptation.trains else "trains nothing"
         raise ConfigError(
-            f"transfer '{type(adaptation).__name__}' trains nothing, and {list(loading.reinitialised)} did not come from "
-            "the source; expected towers of the source for all tasks. Leave the tasks out (data.tasks), or fine-tune"
+            f"transfer '{type(adaptation).__name__}' {what}, and {list(loading.reinitialised)} did not come from the "
+            "source; expected towers of the source for all tasks. Leave the tasks out (data.tasks), or fine-tune"
         )
     return loading
 

@@ -28,7 +28,7 @@ from mtl_jax.train.optimizer import as_optimizer
 from mtl_jax.watch import observe
 
 SELECTOR = "valid_best"
-METHOD = ("sharing", "link", "balancing", "transfer")
+METHOD = ("sharing", "link", "balancing", "pretraining", "transfer")
 """Groups whose choice is the method of a run."""
 
 
@@ -191,6 +191,8 @@ class Job:
 
     def complete(self, result: Result) -> dict[str, Any]:
         """Opens the test part for what was selected, and writes the record."""
+        if self.handover is not None:
+            result = self.handover.deployed(result)
         self.home.write_history(result.history)
         self.home.log(f"tables {result.table_updates}")
         selection = {
@@ -321,8 +323,8 @@ def _known(
 def _node_name(config: Mapping[str, Any], names: Mapping[str, str], key: str) -> str | None:
     """Name of a chosen node, by default that of its target; None where it stands for nothing."""
     name = names.get(key) or str(config[key]["_target_"]).split(".")[-1]
-    nothing = (("link", "none"), ("link", "Link"), ("transfer", "scratch"), ("transfer", "Scratch"))
-    return None if (key, name) in nothing else name
+    nothing = {"link": ("none", "Link"), **dict.fromkeys(("pretraining", "transfer"), ("scratch", "Scratch"))}
+    return None if name in nothing.get(key, ()) else name
 
 
 def _text(node: Any) -> str:

@@ -23,6 +23,8 @@ OUTPUTS = "outputs"
 TASK, LINKED = "task", "linked"
 COPY = "aux/copy"
 """Where copies of a model's parameters are that are trained beside it; they follow the rules of what they are copies of."""
+ADAPTER = "aux/adapter"
+"""Label of what training adds between shared layers (:class:`mtl_jax.nn.Adapters`); balancing counts it among them."""
 ENCODING = ("encoder", "histories")
 """Where the layers lie that make the strategy's input, beside the tables."""
 
@@ -202,7 +204,7 @@ class MultiTaskModel(nnx.Module):
         logits = {task: self._tower(task, cut, context) for task in (*self.link.shared, *self.link.detached)}
         logits |= {task: jax.lax.stop_gradient(logits[task]) for task in self.link.detached}
         of = set(self.link.extra.values()) & set(self.link.shared)
-        return LinkedCommon(cut, logits, {task: self.sharing.head(task, cut) for task in sorted(of)})
+        return LinkedCommon(cut, logits, {task: self._read(task, cut, context) for task in sorted(of)})
 
     def gates(self, batch: Mapping[str, Any]) -> dict[str, Float[Array, "..."]]:
         """What the strategy's gates, masks and stitches weigh for a batch (see :meth:`mtl_jax.sharing.Strategy.gates`)."""
@@ -265,10 +267,8 @@ class MultiTaskModel(nnx.Module):
     def features_of(self, common: Any) -> Float[Array, "batch feature"]:
         """What the towers read, from the cut: an array that all share once, else those of the tasks side by side."""
         cut = common if type(self.link) is Link else common.sharing
-        if isinstance(cut, jax.Array):
-            return cut.reshape(len(cut), -1)
         read = [self.sharing.head(task, cut) for task in self.link.towers]
-        return jnp.concatenate([one.reshape(len(one), -1) for one in read], axis=-1)
+        return read[0] if all(one is read[0] for one in read) else jnp.concatenate(read, axis=-1)
 
     def linked(
         self,
@@ -287,7 +287,7 @@ class MultiTaskModel(nnx.Module):
                 z = (
                     common.representations[of]
                     if of in common.representations
-                    else self.sharing.head(of, common.sharing)
+                    else self._read(of, common.sharing, context)
                 )
                 logits[name] = self.task[of][name](z, context.stream(f"{of}/{name}"))
             elif name in tasks or name not in logits:
@@ -307,7 +307,15 @@ class MultiTaskModel(nnx.Module):
 
     def _tower(self, task: str, common: Any, context: Context) -> Float[Array, "batch *out"]:
         """Outputs of a task's tower, from the cut of the strategy."""
-        return self.task[task]["tower"](self.sharing.head(task, common), context.stream(f"{task}/tower"))
+        return self.task[task]["tower"](self._read(task, common, context), context.stream(f"{task}/tower"))
+
+    def _read(self, task: str, common: Any, context: Context) -> Float[Array, "batch hidden"]:
+        """What a task's tower reads, from the cut of the strategy."""
+        read = self.sharing.head(task, common)
+        if context.units is None:
+            return read
+        factors = context.units.reshape(-1, read.shape[-1])  # a row for each tower, or one for all
+        return read * factors[self.link.towers.index(task) % len(factors)]
 
     def __call__(self, batch: Mapping[str, Any], context: Context = Context()) -> dict[str, Float[Array, "batch *out"]]:
         """Outputs of all tasks for a batch (see :func:`mtl_jax.data.batching.as_batch`)."""

@@ -16,6 +16,7 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.train.adaptation import Adaptation, Origin
 from mtl_jax.train.result import Result
+from mtl_jax.transfer.lin_int import interpolated
 from mtl_jax.transfer.select import SELECTS
 
 LOADING = {"map": None, "drop": [], "reinit": [], "new_rows": "fresh"}
@@ -45,12 +46,12 @@ def check_transfer(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"loading is {shown(node)}; expected a mapping with {list(LOADING)}. Change it")
     _check_patterns(node)
     adaptation, before = adaptation_of(config), adaptation_of(config, "pretraining")
-    if before.needs_source or before.needs_rows:
+    if before.needs_model or before.needs_rows:
         raise ConfigError(
             f"pretraining '{type(before).__name__}' takes over from a source, and a source has none itself; expected "
             "scratch, or a method that learns over domains (maml, reptile, ...). Change it"
         )
-    needs = adaptation.needs_source or adaptation.needs_rows
+    needs = adaptation.needs_model or adaptation.needs_rows
     if needs and (config["source"] is None or config["target"] is None):
         absent = [key for key in ("source", "target") if config[key] is None]
         raise ConfigError(
@@ -139,6 +140,7 @@ class Handover:
       source: Data of the source; None where there is none.
       record: Of the run that trained the source; None where nothing is loaded.
       stages: What was done before the target is trained, for the record.
+      beside: The source's model, where it is a part of what is deployed.
     """
 
     dataset: Dataset
@@ -148,6 +150,7 @@ class Handover:
     source: Dataset | None = None
     record: Mapping[str, Any] | None = None
     stages: tuple[dict[str, Any], ...] = ()
+    beside: MultiTaskModel | None = None
 
     def rows(self, part: str) -> Encoded:
         """A part of the source as the target's model reads it."""
@@ -160,6 +163,10 @@ class Handover:
     def for_fit(self) -> dict[str, Any]:
         """Arguments of :func:`mtl_jax.train.fit`."""
         return self.for_setup() | {"origin": self.origin}
+
+    def deployed(self, result: Result) -> Result:
+        """What a trained run is judged as."""
+        return result if self.beside is None else interpolated(result, self.beside, self.dataset.for_training())
 
     def evaluated(self, result: Result) -> dict[str, Any]:
         """For the record: the stages, and what the source's validation part says of the trained model.

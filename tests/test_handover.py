@@ -15,6 +15,7 @@ from rich.console import Console
 import mtl_jax.handover
 from mtl_jax.ablate import _of_setup, run_arm
 from mtl_jax.config import plain
+from mtl_jax.data.batching import as_batch
 from mtl_jax.errors import ConfigError, Interrupted, TrainingError
 from mtl_jax.handover import hand_over, trained_source
 from mtl_jax.job import Shared, name_of
@@ -22,7 +23,7 @@ from mtl_jax.plan import plan_of, runs_of, settings_tried
 from mtl_jax.report.folder import LEDGER, RunFolder
 from mtl_jax.report.record import validate
 from mtl_jax.run import run
-from mtl_jax.run_config import check_config
+from mtl_jax.run_config import build_model, check_config
 from mtl_jax.source import check_transfer, source_config
 from mtl_jax.train.state import Functional
 from mtl_jax.transfer import Artefact
@@ -459,6 +460,71 @@ def test_the_best_source_has_the_lowest_error_where_the_monitor_is_one(compose, 
     assert report["chosen"] == ["north"]
 
 
+# --- outputs of the source's model ------------------------------------------------------------------------------------
+
+
+def test_what_the_source_says_of_each_row_is_a_feature_of_the_target(copied, compose, shared):
+    """In all parts, whatever share of the rows is kept; the model is that of the wider schema from its initial values."""
+    handovers = [
+        hand_over(compose(share, "transfer=pred", output_dir=copied), shared)
+        for share in (SCARCE, "data.target_fraction=0.5")
+    ]
+    said = hand_over(compose(SCARCE, "transfer=zero_shot", output_dir=copied), shared)
+    names = ["buy__source", "spend__source"]
+    for part, rows in {"train": None, "valid": None, "test": said.dataset.open_test()}.items():
+        rows = getattr(said.dataset.for_training(), part) if rows is None else rows
+        outputs = said.model(as_batch(rows))
+        own = handovers[0].dataset.part(part)
+        assert own["item"].equals(said.dataset.part(part)["item"])
+        for task in ("buy", "spend"):
+            np.testing.assert_allclose(own[f"{task}__source"], outputs[task], rtol=1e-5, atol=1e-6)
+    small, large = (handover.dataset for handover in handovers)
+    common = small.splits["train"]
+    assert set(common) < set(large.splits["train"])
+    np.testing.assert_allclose(
+        small.frame[common].select(names).to_numpy(), large.frame[common].select(names).to_numpy(), rtol=1e-6
+    )
+    assert handovers[0].origin is None and handovers[0].dataset.schema.dense_names[-2:] == tuple(names)
+    fresh, kernel = arrays(build_model(compose(SCARCE), small)), "sharing/bottom/layers/0/kernel"
+    for path, array in arrays(handovers[0].model).items():
+        np.testing.assert_array_equal(array, fresh[path])
+    assert len(fresh[kernel]) == len(arrays(said.model)[kernel]) + 2
+
+
+def test_a_run_with_the_sources_outputs_profits_from_them(ran):
+    told, alone = (ran(SCARCE, f"transfer={name}")[0] for name in ("pred", "scratch"))
+    assert stages(told) == ["source_train", "select", "transfer", "Pred"]
+    assert told["metrics"]["test"]["buy"]["auc"] > alone["metrics"]["test"]["buy"]["auc"] + 0.1
+    assert told["slices"]["source"]["valid"]["buy"]["auc"] > 0.8
+    assert told["data"] == alone["data"] and told["baselines"] == alone["baselines"]
+
+
+def test_an_interpolated_run_is_on_validation_at_least_as_good_as_both_models(ran):
+    mixed, source = (ran(SCARCE, f"transfer={name}")[0] for name in ("lin_int", "zero_shot"))
+    assert stages(mixed)[-1] == "LinInt"
+    history = RunFolder(ran(SCARCE, "transfer=lin_int")[1]).read_history().filter(part="valid")
+    alone = {
+        task: history.filter(step=mixed["monitor"]["step"], task=task, name=name)["value"].item()
+        for task, name in (("buy", "auc"), ("spend", "rmse"))
+    }
+    found, said = mixed["metrics"]["valid"], source["metrics"]["valid"]
+    assert found["buy"]["auc"] >= max(alone["buy"], said["buy"]["auc"]) - 1e-6
+    assert found["spend"]["rmse"] <= min(alone["spend"], said["spend"]["rmse"]) + 1e-6
+    shares = mixed["diagnostics"]["source_share"]
+    assert shares.keys() == {"buy", "spend"} and all(round(10 * share, 9) in range(11) for share in shares.values())
+    assert mixed["metrics"]["test"]["buy"]["auc"] > 0.8
+
+
+def test_seeds_of_an_ablation_have_the_outputs_of_their_own_sources(compose):
+    """Data of one seed are not those of another, so they are not trained as one."""
+    of = [
+        _of_setup(compose(SCARCE, f"transfer={name}", f"seed={seed}"))
+        for name in ("pred", "lin_int")
+        for seed in (0, 1)
+    ]
+    assert of[0] != of[1] and of[2] == of[3]
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
@@ -477,10 +543,18 @@ def test_a_map_of_paths_reaches_it(copied, compose, shared):
     assert handover.stages[-1]["loading_report"]["dropped"] == []
 
 
-def test_a_model_that_is_not_trained_needs_all_towers(copied, compose, shared):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zero_shot", "transfer 'ZeroShot' trains nothing, and .*task/spend.* did not come from"),
+        ("pred", "transfer 'Pred' reads what the source's model says, and .*task/spend.* did not come from"),
+        ("lin_int", "transfer 'LinInt' reads what the source's model says, and .*task/spend.* did not come from"),
+    ],
+)
+def test_a_model_that_is_not_trained_needs_all_towers(name, message, copied, compose, shared):
     tower = "task/spend/.*"
-    options = [f"loading.reinit=['{tower}']", f"loading.drop=['{tower}']", "transfer=zero_shot"]
-    with pytest.raises(ConfigError, match="transfer 'ZeroShot' trains nothing, and .*task/spend.* did not come from"):
+    options = [f"loading.reinit=['{tower}']", f"loading.drop=['{tower}']", f"transfer={name}"]
+    with pytest.raises(ConfigError, match=message):
         hand_over(compose(*options, output_dir=copied), shared)
 
 

@@ -12,7 +12,7 @@ from mtl_jax.data.schema import Categorical, MultiHot, Numeric, Schema, Sequence
 from mtl_jax.errors import SchemaError
 from mtl_jax.model import MultiTaskModel, decays, is_table, label
 from mtl_jax.nn import Context, Encoder, Tower
-from mtl_jax.sharing import MMoE, SharedBottom, SingleTask
+from mtl_jax.sharing import ESMM, CrossStitch, Link, MMoE, SharedBottom, SingleTask
 from mtl_jax.tasks import Task
 from mtl_jax.train.state import Functional, count_parameters
 
@@ -143,6 +143,37 @@ def test_the_cut_is_complete(sharing):
             np.testing.assert_allclose(through[path], whole[path], rtol=1e-5, atol=1e-6, err_msg=path)
         else:
             np.testing.assert_array_equal(through[path], 0, err_msg=path)
+
+
+CUTS = {"shared_bottom": STRATEGIES["shared_bottom"], "mmoe": STRATEGIES["mmoe"]} | {
+    "cross_stitch": functools.partial(CrossStitch, units=(4,)),
+}
+
+
+@pytest.mark.parametrize("link", [Link, functools.partial(ESMM, order=("click", "buy"))], ids=["plain", "esmm"])
+@pytest.mark.parametrize("sharing", CUTS.values(), ids=CUTS)
+def test_factors_of_features_are_factors_of_what_towers_read(sharing, link):
+    """Whatever the layout of the cut, features lead with rows. In ESMM the first tower reaches the second task, too."""
+    schema = make_schema((Task("click", "binary"), Task("buy", "binary")))
+    towers = functools.partial(Tower, units=())
+    model, batch = MultiTaskModel(schema, sharing=sharing, towers=towers, link=link, rngs=nnx.Rngs(0)), make_batch()
+    inputs = model.inputs(batch)
+    cut = model.common(inputs)
+    features = model.features_of(cut)
+    assert features.shape == (6, 4 if sharing is CUTS["shared_bottom"] else 8)
+    factors = jnp.asarray(np.random.default_rng(1).uniform(size=features.shape[1]), jnp.float32)
+
+    def outputs(context):
+        cut = model.common(inputs, context)
+        return {task: model.head(task, cut, context) for task in model.task_names}
+
+    found = outputs(Context(units=factors))
+    read = dict(zip(model.task_names, jnp.split(features * factors, features.shape[1] // 4, axis=1) * 2, strict=False))
+    logits = {task: model.task[task]["tower"](read[task]) for task in model.task_names}
+    expected = logits if link is Link else model.link(logits).logits
+    for task in model.task_names:
+        np.testing.assert_allclose(found[task], expected[task], rtol=1e-5)
+        np.testing.assert_array_equal(outputs(Context())[task], outputs(Context(units=jnp.ones_like(factors)))[task])
 
 
 def test_outputs_by_hand():

@@ -1,5 +1,7 @@
 """Layers, from tables to towers: Flax NNX modules without random state."""
 
+from mtl_jax.nn.adapter import Adapter, Adapters
+from mtl_jax.nn.augmented_tower import AugmentedTower
 from mtl_jax.nn.batch_norm import BatchNorm
 from mtl_jax.nn.context import Context, stream
 from mtl_jax.nn.cross_encoder import CrossEncoder
@@ -25,6 +27,9 @@ from mtl_jax.nn.transformer import Transformer
 __all__ = [
     "GRU",
     "MLP",
+    "Adapter",
+    "Adapters",
+    "AugmentedTower",
     "BatchNorm",
     "Context",
     "CrossEncoder",

@@ -19,6 +19,7 @@ class Context(NamedTuple):
       rngs: Key of this step and of the rows of this device; required when ``train`` and something random is on.
       step_rngs: Key of this step that is the same for all rows on all devices.
       axis: Named axis of devices that statistics of the batch are summed over; None where the batch is whole.
+      units: Factors of what the towers read, in the order of :meth:`mtl_jax.model.MultiTaskModel.features_of`; None: 1.
     """
 
     train: bool = False
@@ -29,6 +30,7 @@ class Context(NamedTuple):
     rngs: PRNGKeyArray | None = None
     step_rngs: PRNGKeyArray | None = None
     axis: str | None = None
+    units: Float[Array, " feature"] | None = None
 
     def stream(self, name: str) -> "Context":
         """The same context with independent keys, derived from the name and not from the order of calls."""

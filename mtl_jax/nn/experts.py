@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_count, check_counts
+from mtl_jax.nn.adapter import Adapters
 from mtl_jax.nn.context import Context
 from mtl_jax.nn.mlp import dropout, dropout_rate
 
@@ -25,6 +26,9 @@ class Experts(nnx.Module):
       num_experts: E.
       dropout: Rate after each layer, in [0, 1).
       rngs: Initialisation; each expert has the fan-in of one expert (Glorot-uniform).
+
+    Attributes:
+      aux: As of :class:`mtl_jax.nn.MLP`; every expert has an adapter of its own.
     """
 
     def __init__(
@@ -45,10 +49,12 @@ class Experts(nnx.Module):
         self.layers = nnx.List(
             [StackedLinear(num_experts, i, o, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)]
         )
+        self.aux = Adapters()
 
     def __call__(self, x: Float[Array, "batch in"], context: Context = Context()) -> Float[Array, "expert batch out"]:
         for index, layer in enumerate(self.layers):
             x = dropout(nnx.relu(layer(x)), self.dropout, context.stream(f"layer {index}"))
+            x = self.aux(index, x)
         return x
 
 

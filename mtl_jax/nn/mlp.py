@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_counts, check_number
+from mtl_jax.nn.adapter import Adapters
 from mtl_jax.nn.context import Context
 
 NORMS = ("none", "layer")
@@ -22,6 +23,9 @@ class MLP(nnx.Module):
       norm: ``none`` or ``layer``.
       dropout: Rate in [0, 1).
       rngs: Initialisation; needs the stream ``params``. Weights are Glorot-uniform, biases 0.
+
+    Attributes:
+      aux: Adapters after entries, their dropout included, where a transfer puts any.
     """
 
     def __init__(
@@ -41,14 +45,19 @@ class MLP(nnx.Module):
         self.dropout = dropout_rate(dropout)
         self.layers = nnx.List([Linear(i, o, rngs=rngs) for i, o in zip(widths[:-1], widths[1:], strict=True)])
         self.norms = nnx.List([nnx.LayerNorm(o, rngs=rngs) for o in units] if norm == "layer" else [])
+        self.aux = Adapters()
 
     def __call__(self, x: Float[Array, "*batch in"], context: Context = Context()) -> Float[Array, "*batch out"]:
-        for index, layer in enumerate(self.layers):
-            x = layer(x)
-            if self.norms:
-                x = self.norms[index](x)
-            x = dropout(nnx.relu(x), self.dropout, context.stream(f"layer {index}"))
+        for index in range(len(self.layers)):
+            x = self.entry(index, x, context)
         return x
+
+    def entry(self, index: int, x: Float[Array, "*batch in"], context: Context) -> Float[Array, "*batch out"]:
+        """What one entry of ``units`` makes of its input."""
+        x = self.layers[index](x)
+        if self.norms:
+            x = self.norms[index](x)
+        return self.aux(index, dropout(nnx.relu(x), self.dropout, context.stream(f"layer {index}")))
 
 
 class Linear(nnx.Module):

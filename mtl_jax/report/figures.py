@@ -70,10 +70,9 @@ def heat_maps(comparison: Comparison) -> go.Figure | str:
     Every other part of the method that varies is named with the sharing. The baseline is no cell of the grid.
     """
     rows = [row for row in comparison.rows if row.arm != comparison.baseline and row.metrics]
-    parts = [
-        part for part in ("sharing", "link", "transfer", "alignment") if len({row.method[part] for row in rows}) > 1
-    ]
-    places = {row.arm: ("+".join(str(row.method[p]) for p in parts), str(row.method["balancing"])) for row in rows}
+    groups = ("sharing", "link", "pretraining", "transfer", "alignment")
+    parts = [part for part in groups if len({row.method.get(part) for row in rows}) > 1]
+    places = {row.arm: ("+".join(str(row.method.get(p)) for p in parts), str(row.method["balancing"])) for row in rows}
     across, down = (list(dict.fromkeys(place[axis] for place in places.values())) for axis in (1, 0))
     if "sharing" not in parts or len(across) < 2:
         return "There is no grid of sharing and balancing: only one of the two varies, or neither."

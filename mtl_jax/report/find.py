@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 # What the command of the reference run must not take over: the nodes it replaces, and a folder that is taken.
 FOLDERS = r"hydra\.run\.dir|hydra\.sweep\.(dir|subdir)"
 REPLACED = re.compile(rf"^[+~]*(sharing|balancing|{FOLDERS})([.@=]|$)")
-REPLACED_BY_SCRATCH = re.compile(rf"^[+~]*(transfer|{FOLDERS})([.@=]|$)")
+REPLACED_BY_SCRATCH = re.compile(rf"^[+~]*(transfer|pretraining|{FOLDERS})([.@=]|$)")
 
 
 def records(root: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]]:
@@ -50,7 +50,12 @@ def single_task_reference(root: str | os.PathLike, record: Mapping[str, Any]) ->
 
 def scratch_reference(root: str | os.PathLike, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The latest completed run of the same method without transfer, under the protocol of :func:`single_task_reference`."""
-    return _latest(root, record, lambda other: other["method"] == record["method"] | {"transfer": None})
+    without = dict.fromkeys(("pretraining", "transfer"))
+
+    def fits(other):
+        return not other["method"].get("transfer") and other["method"] | without == record["method"] | without
+
+    return _latest(root, record, fits)
 
 
 def scratch_command(record: Mapping[str, Any], overrides: Sequence[str]) -> str:

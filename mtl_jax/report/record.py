@@ -50,6 +50,7 @@ SCHEMA = {
         "sharing": "text|null",
         "link": "text|null",
         "balancing": "text|null",
+        "pretraining?": "text|null",
         "transfer": "text|null",
         "alignment": "text|null",
     },
@@ -148,6 +149,7 @@ SCHEMA = {
         "adversary_accuracy?": "any",
         "gate_entropy?": "any",
         "gate_use?": "any",
+        "source_share?": {"*": "number"},
         "gradient_transfer?": {"norm?": "any", "sign?": "number|null"},
     },
     "flags": {
@@ -216,9 +218,9 @@ def validate(record: Mapping[str, Any]) -> None:
 
 
 def method_text(method: Mapping[str, str | None]) -> str:
-    """Sharing, link where there is one, balancing, and transfer where there is one, as in ``mmoe + esmm + equal``."""
-    groups = ("sharing", "link", "balancing", "transfer")
-    optional = ("link", "transfer")
+    """Sharing and balancing, and link, pretraining and transfer where there are any, as in ``mmoe + esmm + equal``."""
+    groups = ("sharing", "link", "balancing", "pretraining", "transfer")
+    optional = ("link", "pretraining", "transfer")
     return " + ".join(method.get(group) or "?" for group in groups if group not in optional or method.get(group))
 
 
@@ -231,7 +233,8 @@ def domains_text(record: Mapping[str, Any]) -> str:
 
     if not names("target"):
         return ""
-    return f", {names('source')} to {names('target')}" if record["method"].get("transfer") else f", {names('target')}"
+    from_source = any(stage["name"] == "select" for stage in record.get("stages") or ())
+    return f", {names('source')} to {names('target')}" if from_source else f", {names('target')}"
 
 
 def versions() -> dict[str, str | None]:

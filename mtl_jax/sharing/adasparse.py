@@ -12,7 +12,6 @@ from mtl_jax.arguments import check_count, check_number, shown
 from mtl_jax.errors import ConfigError
 from mtl_jax.nn import MLP, Linear
 from mtl_jax.nn.domain_linear import by_row, domains_of
-from mtl_jax.nn.mlp import dropout as drop
 from mtl_jax.nn.state import State
 from mtl_jax.sharing.base import Context, Strategy
 from mtl_jax.sharing.star import domain_embedding
@@ -112,8 +111,7 @@ class AdaSparse(Strategy):
         h, weights = x.astype(embedding.dtype), []
         for index, pruner in enumerate(self.pruners):
             if index:
-                h = nnx.relu(self.network.layers[index - 1](h))
-                h = drop(h, self.network.dropout, context.stream(f"layer {index - 1}"))
+                h = self.network.entry(index - 1, h, context)
             weights.append(self._weights(pruner(jnp.concatenate([embedding, h], axis=-1))))
             h = h * weights[-1]
         if context.train and self.alpha is not None:

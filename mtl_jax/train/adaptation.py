@@ -7,8 +7,9 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
+from mtl_jax.model import MultiTaskModel
 from mtl_jax.tasks import Task
 
 TEACHER = "teacher"
@@ -16,6 +17,8 @@ TEACHER = "teacher"
 Params = dict[str, Array]
 SourceLoss = Callable[[Params, PyTree], Float[Array, ""]]
 """(parameters of the model, one batch of the source) -> the sum of its tasks' losses."""
+AddUp = Callable[[Callable[["View"], PyTree]], PyTree]
+"""(function of a view) -> the sum of what it makes of each batch."""
 Origin = Mapping[str, Any]
 """Path -> True, or bool[V] for a table's rows: what came from a source. Absent paths did not."""
 
@@ -46,21 +49,28 @@ class Episodes(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a penalty sees of a batch beside the parameters.
+    """What a penalty, or who studies training rows, sees of a batch beside the parameters.
 
     Attributes:
       tasks: In the order of every per-task array.
       weight: f32[batch], row weights; 0 pads.
+      labels: Task -> its labels; anything where they do not count.
+      counted: Task -> bool, where a label counts: it is observed and has a weight above 0.
       outputs: ``(params, train=...)`` -> task -> outputs of its head.
       features: ``(params, train=...)`` -> f32[batch, feature], what the towers read.
+      loss: ``(params, units=None)`` -> the sum of the tasks' losses as in evaluation, with what the towers read times
+        ``units`` f32[feature]; in a study the losses of its batches add up to that of all of its rows.
       source_loss: The source's loss on one of ``batches``, as for :meth:`Adaptation.adapt`.
       batches: Of the source; None where the adaptation reads none.
     """
 
     tasks: Sequence[Task]
     weight: Float[Array, " batch"]
+    labels: Mapping[str, Shaped[Array, "batch *label"]]
+    counted: Mapping[str, Bool[Array, "batch *label"]]
     outputs: Callable[..., dict[str, Float[Array, "batch *out"]]]
     features: Callable[..., Float[Array, "batch feature"]]
+    loss: Callable[..., Float[Array, ""]]
     source_loss: SourceLoss
     batches: PyTree
 
@@ -72,12 +82,15 @@ class Adaptation:
     that a run axis can map them, everything else is static.
 
     Attributes:
-      needs_source: Whether parameters of a source are needed.
+      needs_source: Whether training begins with parameters of a source.
+      reads_outputs: Whether the outputs of the source's model are features of each row.
+      mixes_outputs: Whether they are a part of the deployed outputs.
       trains: Whether anything is trained; otherwise the model is judged as it was loaded.
       adapts: Whether the model's parameters are a function of those that are trained (see :meth:`adapt`), in every step.
       starts: Whether training starts from what :meth:`adapt` makes of the model's values, once.
       penalises: Whether there is a :meth:`penalty`.
       reads_rows: Whether the penalty depends on the rows of a step, and not on parameters alone.
+      studies: Most batches of the target's training rows that :meth:`study` looks at, drawn once; 0: there is no study.
       source_batches: Batches of rows that :meth:`adapt` reads beside the step's own.
       reads_target: Whether these are rows of the target, and not of the source.
       by_epoch: Whether it waits for :meth:`end_epoch`.
@@ -90,6 +103,8 @@ class Adaptation:
     """
 
     needs_source: ClassVar[bool] = True
+    reads_outputs: ClassVar[bool] = False
+    mixes_outputs: ClassVar[bool] = False
     trains: ClassVar[bool] = True
     adapts: ClassVar[bool] = False
     starts: ClassVar[bool] = False
@@ -101,6 +116,7 @@ class Adaptation:
     episodes: ClassVar[Episodes | None] = None
     by_epoch: ClassVar[bool] = False
     afresh: ClassVar[bool] = False
+    studies: ClassVar[float] = 0
 
     @property
     def source_batches(self) -> int:
@@ -109,6 +125,11 @@ class Adaptation:
     @property
     def source_row_weight(self) -> float | None:
         return None
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a trained model of the source is needed."""
+        return self.needs_source or self.reads_outputs or self.mixes_outputs
 
     @property
     def batches_beside(self) -> int:
@@ -140,9 +161,22 @@ class Adaptation:
         """
         return None
 
+    def prepared(self, model: MultiTaskModel, key: PRNGKeyArray) -> MultiTaskModel:
+        """The model with modules that training adds to it, before anything else is asked of the strategy.
+
+        Args:
+          model: With what was loaded; it stays as it is.
+          key: For the initial values of these modules.
+        """
+        return model
+
     def phases(self) -> tuple[Callable[[str], bool], ...]:
         """What is trained, by path, in one stage after the other."""
         return (lambda path: True,)
+
+    def in_phase(self, number: int) -> "Adaptation":
+        """What it is in a phase: another strategy where the phases differ in more than what they train."""
+        return self
 
     def rates(self, params: Params) -> dict[str, Any]:
         """Path -> factor of its learning rate; absent paths have 1."""
@@ -181,6 +215,27 @@ class Adaptation:
           key: For parameters of its own.
         """
         return params, {}
+
+    def check_labels(
+        self, tasks: Sequence[Task], labels: Mapping[str, np.ndarray], counted: Mapping[str, np.ndarray]
+    ) -> None:
+        """Raises a ConfigError for training rows of the target that there is no :meth:`study` of.
+
+        Args:
+          tasks: As in a view.
+          labels: The same.
+          counted: The same.
+        """
+
+    def study(self, params: Params, kept: dict[str, Params], add_up: AddUp) -> dict[str, Params]:
+        """What training rows of the target say before a phase begins; it joins what is kept.
+
+        Args:
+          params: As for :meth:`penalty`, with whole tables.
+          kept: What :meth:`init` keeps.
+          add_up: Passes over the batches.
+        """
+        raise NotImplementedError
 
     def adapt(self, params: Params, kept: dict[str, Params], loss: SourceLoss, batches: PyTree) -> Params:
         """The model's parameters from those that are trained; differentiable. ``batches`` lead with an axis of them."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from mtl_jax.model import is_table, label, of_encoder
+from mtl_jax.model import ADAPTER, is_table, label, of_encoder
 from mtl_jax.sharing import SharedParameters
 from mtl_jax.train.objective import TaskLoss
 from mtl_jax.train.parallel import total
@@ -140,7 +140,7 @@ def below_cut(path: str) -> bool:
 def in_scope(path: str, scope: str) -> bool:
     """Whether a parameter below the cut belongs to the scope; private tables are heads, and do so under ``all`` only."""
     kind = label(path)
-    return scope == "all" or kind == "shared" or (scope == "shared" and kind == "embedding")
+    return scope == "all" or kind in ("shared", ADAPTER) or (scope == "shared" and kind == "embedding")
 
 
 def only_in_scope(tree: Mapping[str, Array], scope: str) -> dict[str, Array]:

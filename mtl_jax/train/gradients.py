@@ -186,8 +186,8 @@ def check_scope(
                 f"balancing.row_stride is {options.row_stride} with {where}; expected a method that compares the "
                 "gradients of one batch, and no micro-batches. Set it to 1"
             )
-    labels = [label(path) for path in params]
-    has_shared, has_tables = "shared" in labels, "embedding" in labels
+    has_shared = any(in_scope(path, "encoder") for path in params)
+    has_tables = any(label(path) == "embedding" for path in params)
     private = not has_shared and not has_tables
     filled = [] if private else ["representation", *(["encoder"] if has_shared else []), "shared", "all"]
     if balancer.needs == "losses":

@@ -46,7 +46,7 @@ class Objective:
 
     def denominator(self, task: Task, batch: Mapping[str, Any]) -> Float[Array, ""]:
         """D_k of a batch: the weights of the task's observed labels."""
-        return jnp.sum(_scale(task, batch))
+        return jnp.sum(label_weights(task, batch))
 
     def __call__(
         self,
@@ -68,7 +68,7 @@ class Objective:
           key: For losses that sample.
           elements: Losses of the rows, where they are not those of the task (see :class:`mtl_jax.sharing.Linked`).
         """
-        scale = _scale(task, batch)
+        scale = label_weights(task, batch)
         # A row of weight 0 (padding) counts as unobserved: its label must not reach the loss either.
         if elements is None:
             elements = losses.element_losses(task, outputs, batch["labels"][task.name], scale > 0, key=key)
@@ -88,7 +88,7 @@ class TaskLoss(NamedTuple):
     denominator: Float[Array, ""]
 
 
-def _scale(task: Task, batch: Mapping[str, Any]) -> Float[Array, "batch *width"]:
+def label_weights(task: Task, batch: Mapping[str, Any]) -> Float[Array, "batch *width"]:
     """m s of every label; row masks and row weights count for all labels of a row."""
     labels, scale = batch["labels"][task.name], batch["weight"]
     if task.name in batch["task_weight"]:

@@ -41,6 +41,12 @@ def predict(
     return {task: blocks.reshape(-1, *blocks.shape[2:])[:num_rows] for task, blocks in outputs.items()}
 
 
+def outputs_of(model: Any, rows: Encoded) -> dict[str, np.ndarray]:
+    """Outputs of a model for the rows of a part, as :func:`predict` gives them."""
+    functional, params, rest = Functional.of(model)
+    return predict(functional, params | rest, rows)
+
+
 def predict_stack(functional: Functional, arrays: Params, data: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Outputs of several sets of arrays, stacked along a leading run axis, for the rows of one batch.
 

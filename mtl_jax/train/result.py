@@ -12,7 +12,7 @@ from mtl_jax.data.dataset import Encoded
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.train.gate_use import Use, gate_use
 from mtl_jax.train.monitor import Monitor
-from mtl_jax.train.predict import predict
+from mtl_jax.train.predict import outputs_of
 from mtl_jax.train.state import Functional
 from mtl_jax.train.step import Sums
 
@@ -180,8 +180,7 @@ class Result:
 
     def predict(self, rows: Encoded) -> dict[str, np.ndarray]:
         """Outputs of every task: logits, or standardised predictions of regression tasks."""
-        functional, params, rest = Functional.of(self.model)
-        return predict(functional, params | rest, rows)
+        return outputs_of(self.model, rows)
 
     def gate_use(self, rows: Encoded, domains: Sequence[str] = ()) -> Use:
         """What the gates of the model weigh (see :func:`mtl_jax.train.gate_use.gate_use`)."""

@@ -66,7 +66,7 @@ class RunStack:
         self.members = tuple(members)
         self.size = setup.devices.multiple(size or len(self.members))
         self.stages, self.data = setup.stages, setup.data
-        self.models = [member.model() for member in self.members]
+        self.models = [member.initial() for member in self.members]
         self.shared_order = len({member.order_seed for member in self.members}) == 1
         names = repr([(m.name, m.seed, m.order_seed) for m in self.members])
         identity = hashlib.sha256(names.encode()).hexdigest()[:16]
@@ -108,7 +108,7 @@ class RunStack:
 
         found = self.checkpoints.latest(like) if self.checkpoints else None
         if found is None:
-            state, positions = self.enter(0), [Position() for _ in self.members]
+            state, positions = self.enter(0, study=True), [Position() for _ in self.members]
             arrays = self.evaluated(state)
             if self.setup.adaptation is not None:
                 self.open(state, arrays, positions)
@@ -127,9 +127,14 @@ class RunStack:
                 self.judge(positions[number], values, 0, state)
 
     def enter(
-        self, number: int, models: Sequence[Any] | None = None, starts: Sequence[int] | None = None
+        self,
+        number: int,
+        models: Sequence[Any] | None = None,
+        starts: Sequence[int] | None = None,
+        *,
+        study: bool = False,
     ) -> TrainState:
-        """The stacked state at the beginning of a stage.
+        """The stacked state at the beginning of a stage; ``study`` as for :meth:`Setup.build`.
 
         Raises:
           ConfigError: The members differ in more than numbers.
@@ -137,7 +142,7 @@ class RunStack:
         stage = self.stages[number]
         models, starts = models or self.models, starts or [0] * len(self.members)
         built = [
-            self.setup.build(member, stage, model, start)
+            self.setup.build(member, stage, model, start, study=study)
             for member, model, start in zip(self.members, models, starts, strict=True)
         ]
         steps, states = zip(*built, strict=True)
@@ -165,7 +170,7 @@ class RunStack:
         for position in positions:
             position.next_stage()
         clock.stage, clock.epoch, clock.step = clock.stage + 1, 0, 0
-        state = self.enter(clock.stage, models, starts)
+        state = self.enter(clock.stage, models, starts, study=True)
         for number in self.errors:
             positions[number].finished = True
         going = self.going(positions)

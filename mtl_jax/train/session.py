@@ -39,7 +39,7 @@ class Session:
 
     def __post_init__(self):
         self.stages, self.data, self.devices = self.setup.stages, self.setup.data, self.setup.devices
-        self.model = self.member.model()
+        self.model = self.member.initial()
         self.checkpoints = self.setup.checkpoints(self.member.checkpoints, self.member.seed)
         self.observer = self.member.observer
 
@@ -71,7 +71,7 @@ class Session:
 
         found = self.checkpoints.latest(like) if self.checkpoints else None
         if found is None:
-            state, position = self.enter(0, self.model), Position()
+            state, position = self.enter(0, self.model, study=True), Position()
             return (state if self.member.adaptation is None else self.open(state, position)), position
         state, progress = found
         return state, Position(**progress)
@@ -87,10 +87,10 @@ class Session:
             self.save(state, position)
         return state
 
-    def enter(self, number: int, model: MultiTaskModel, start: int = 0) -> TrainState:
-        """The state at the beginning of a stage, on the devices."""
+    def enter(self, number: int, model: MultiTaskModel, start: int = 0, *, study: bool = False) -> TrainState:
+        """The state at the beginning of a stage, on the devices; ``study`` as for :meth:`Setup.build`."""
         stage = self.stages[number]
-        self.step, state = self.setup.build(self.member, stage, model, start)
+        self.step, state = self.setup.build(self.member, stage, model, start, study=study)
         if stage.by_task:
             state = state._replace(selected=state.params | state.tables)
         return self.devices.replicate(state)
@@ -100,7 +100,7 @@ class Session:
         chosen = self.selected(state, position)
         at = int(jax.device_get(state.step))
         position.next_stage()
-        state = self.enter(position.stage, self.step.functional.merge(chosen), at)
+        state = self.enter(position.stage, self.step.functional.merge(chosen), at, study=True)
         self.best = None
         arrays = self.evaluated(state)
         return self.judge(state, position, arrays, self.measure(arrays)[0], position.start_step)[0]

@@ -19,23 +19,24 @@ from mtl_jax.data.dataset import Dataset, Encoded, TrainingData, concatenated
 from mtl_jax.data.schema import Schema
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel
+from mtl_jax.nn import stream
 from mtl_jax.train import tables
 from mtl_jax.train.adaptation import Adaptation, Origin
 from mtl_jax.train.checkpoint import Checkpoints
 from mtl_jax.train.gradients import BalancingOptions
 from mtl_jax.train.monitor import check_monitor
-from mtl_jax.train.objective import Objective
+from mtl_jax.train.objective import Objective, label_weights
 from mtl_jax.train.optimizer import Optimizer, as_optimizer
 from mtl_jax.train.parallel import Devices
 from mtl_jax.train.predict import flops_per_example
 from mtl_jax.train.progress import Observer, Quiet
 from mtl_jax.train.result import Position, Result
 from mtl_jax.train.stages import Stage, stages_of
-from mtl_jax.train.state import Functional, TrainState, count_parameters
-from mtl_jax.train.step import Step
+from mtl_jax.train.state import Functional, Params, TrainState, count_parameters, shapes_of
+from mtl_jax.train.step import Step, check_adaptation
 
-DEPLOYED = 2**31
-"""Number of the stream that batches for deployment are drawn from, which no epoch has."""
+DEPLOYED, STUDIED = 2**31, 2**31 + 1
+"""Numbers of the streams that batches for deployment and for a study are drawn from, which no epoch has."""
 VISITS = 2
 """Number of the streams of epochs that pass through some rows after others."""
 
@@ -73,6 +74,13 @@ class Member:
         self.optimizer = as_optimizer(Optimizer() if self.optimizer is None else self.optimizer)
         self.order_seed = self.seed if self.order_seed is None else self.order_seed
         self.observer = self.observer or Quiet()
+
+    def initial(self) -> MultiTaskModel:
+        """The model that training begins with: with what the adaptation adds to it."""
+        model = self.model()
+        if self.adaptation is None:
+            return model
+        return self.adaptation.simplified().prepared(model, stream(jax.random.key(self.seed), "transfer/modules"))
 
 
 @dataclasses.dataclass
@@ -276,9 +284,18 @@ class Setup:
         )
         return order.reshape(steps, -1, self.batch_size).swapaxes(1, 2).reshape(steps, -1)
 
-    def build(self, member: Member, stage: Stage, model: MultiTaskModel, start: int = 0) -> tuple[Step, TrainState]:
-        """The step of a stage, and the state before it, from the values of ``model`` after ``start`` steps."""
+    def build(
+        self, member: Member, stage: Stage, model: MultiTaskModel, start: int = 0, *, study: bool = False
+    ) -> tuple[Step, TrainState]:
+        """The step of a stage, and the state before it, from the values of ``model`` after ``start`` steps.
+
+        ``study`` says whether the stage begins: training rows are then looked at where its adaptation asks for it. A state
+        that only is a template has zeros in that place.
+        """
         model.link.check_labels(self.data.train.labels, self.data.train.mask)
+        number, adaptation = self.stages.index(stage), member.adaptation
+        if adaptation is not None:
+            adaptation = _for_domains(adaptation.in_phase(number), self.data)
         step, state = Step.of(
             model,
             self.data.schema.tasks,
@@ -294,13 +311,39 @@ class Setup:
             axis=self.devices.axis,
             trainable=stage.trainable,
             start=start,
-            adaptation=member.adaptation and _for_domains(member.adaptation, self.data),
+            adaptation=adaptation,
             origin=member.origin,
             batches=self._deployment(member),
         )
+        if member.adaptation is not None:  # in the first stage for all: a later one must not fail after it
+            check_adaptation(self.adaptation, step.functional, self.devices.axis)
         self.patience_after(0, state)  # refuses too few epochs before anything is compiled
-        begins = start == 0 and stage is self.stages[0]
-        return step, step.started(state) if begins else state
+        state = step.started(state) if start == number == 0 else state
+        if step.adaptation is None or not step.adaptation.studies:
+            return step, state
+        found = self._studied(member, step, state, study)
+        return step, state._replace(kept=state.kept._replace(arrays=state.kept.arrays | found))
+
+    def _studied(self, member: Member, step: Step, state: TrainState, study: bool) -> dict[str, Params]:
+        """What the adaptation of a stage learns of training rows; or zeros of its shape."""
+        train, size = self.data.train, self.padded_size(member)
+        order = epoch_order(train.num_rows, self.batch_size, seed=member.order_seed, epoch=STUDIED)
+        order = order[: int(min(step.adaptation.studies, len(order)))]
+        order = np.pad(order, ((0, 0), (0, size - order.shape[1])), constant_values=-1)
+
+        def look(numbers, state, data, order):
+            return step.with_numbers(numbers).study(state, data, order)
+
+        if not study:
+            shapes = jax.eval_shape(look, step.numbers(), state, self.train, order)
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        tasks = step.tasks
+        counted = {task.name: np.asarray(label_weights(task, self.train) > 0)[: train.num_rows] for task in tasks}
+        step.adaptation.check_labels(tasks, train.labels, counted)
+        read = state._replace(opt=(), row_opt={}, slots={}, balancer=(), average={})
+        arguments = *self.devices.replicate((step.numbers(), read)), self.train, self.devices.replicate(order)
+        key = ("study", step.program(), shapes_of(arguments[1]))
+        return self.program(key, lambda: jax.jit(look).lower(*arguments))(*arguments)
 
     def patience_after(self, epoch: int, state: TrainState) -> int:
         """``patience`` as an evaluation after so many epochs of a stage sees it: 0 while the adaptation still adds to what

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from mtl_jax.balancing import Balancer
 from mtl_jax.balancing.equal import Equal
 from mtl_jax.balancing.reuse import reuse
+from mtl_jax.data.batching import take
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import Inputs, MultiTaskModel, is_table, of_loss
 from mtl_jax.nn import Context, stream
@@ -33,7 +34,7 @@ from mtl_jax.train.gradients import (
     scope_template,
     task_losses,
 )
-from mtl_jax.train.objective import Objective, TaskLoss
+from mtl_jax.train.objective import Objective, TaskLoss, label_weights
 from mtl_jax.train.optimizer import Optimizer, by_group, clip
 from mtl_jax.train.parallel import total
 from mtl_jax.train.state import Functional, Params, TrainState
@@ -366,6 +367,29 @@ class Step:
         average = _first_average(params, rows, state.step) if self.average else {}
         return state._replace(params=params, tables=rows, kept=kept, average=average)
 
+    def study(self, state: TrainState, data: Mapping[str, Any], order: Int[Array, "batch row"]) -> dict[str, Params]:
+        """What an adaptation learns of training rows before a phase begins.
+
+        Args:
+          state: Its parameters, what is kept, and its key are read.
+          data: All rows, as one batch.
+          order: Row numbers of the batches; negative ones pad.
+        """
+        step = dataclasses.replace(self, axis=None)  # every device has all rows
+        key = stream(state.key, "transfer/study")
+        of_each = jax.vmap(lambda rows: step._denominators(take(data, rows)))(order)
+        whole = jax.tree.map(lambda sums: jnp.sum(sums, axis=0), of_each)
+
+        def add_up(function):
+            def of(rows):
+                batch = take(data, rows)
+                return function(step._view(state, step.model_of(state).inputs(batch), batch, key, None, whole))
+
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of, order[0]))
+            return jax.lax.scan(lambda sums, rows: (jax.tree.map(jnp.add, sums, of(rows)), None), zeros, order)[0]
+
+        return self.adaptation.study(state.params | state.tables, state.kept.arrays, add_up)
+
     def model_of(self, state: TrainState) -> MultiTaskModel:
         """The module, for what it does apart from the values of its arrays."""
         arrays = state.params | state.tables
@@ -422,8 +446,16 @@ class Step:
             forward if adaptation.adapts else None, penalty if adaptation.penalises else None, inputs, batch
         )
 
-    def _view(self, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], key, batches: PyTree) -> View:
-        """Of the rows of a step, for a penalty."""
+    def _view(
+        self,
+        state: TrainState,
+        inputs: Inputs,
+        batch: Mapping[str, Any],
+        key,
+        batches: PyTree,
+        denominators: dict[str, Float[Array, ""]] | None = None,
+    ) -> View:
+        """Of the rows of a step, for a penalty; or of a part of those that the denominators are of."""
 
         def model_and_cut(params, train):
             model = self.functional.merge(self._in_precision(state.rest), self._in_precision(params))
@@ -438,18 +470,29 @@ class Step:
             model, cut, _ = model_and_cut(params, train)
             return model.features_of(cut)
 
-        return View(self.tasks, batch["weight"], outputs, features, self._source_loss(state, key), batches)
+        def loss(params, units=None):
+            part = _Part(inputs, batch, key, denominators or self._denominators(batch))
+            return self._loss(params, state, part, key, train=False, units=units)
+
+        counted = {task.name: label_weights(task, batch) > 0 for task in self.tasks}
+        source_loss = self._source_loss(state, key)
+        return View(
+            self.tasks, batch["weight"], batch["labels"], counted, outputs, features, loss, source_loss, batches
+        )
 
     def _source_loss(self, state: TrainState, key, train: bool = True) -> SourceLoss:
         """The sum of the tasks' losses on ``(inputs, batch, key)`` of the source."""
 
         def loss(params, rows):
             inputs, batch, own = rows
-            problem = self._problem(params, state, inputs, batch, key, train)
-            part = _Part(inputs, batch, own, self._denominators(batch))
-            return jnp.sum(task_losses(problem.common, problem.heads, params, part=part).loss)
+            return self._loss(params, state, _Part(inputs, batch, own, self._denominators(batch)), key, train)
 
         return loss
+
+    def _loss(self, params: Params, state: TrainState, part: "_Part", key, train: bool, units=None) -> Float[Array, ""]:
+        """The sum of the tasks' losses on some rows."""
+        problem = self._problem(params, state, part.inputs, part.batch, key, train, units)
+        return jnp.sum(task_losses(problem.common, problem.heads, params, part=part).loss)
 
     def _average(self, state: TrainState, params, new_tables, compacted, update, proceed):
         step = state.step + 1
@@ -486,7 +529,14 @@ class Step:
         return groups, self.adaptation.num_begun(state.kept.arrays) if groups else 0
 
     def _problem(
-        self, params: Params, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], key, train: bool = True
+        self,
+        params: Params,
+        state: TrainState,
+        inputs: Inputs,
+        batch: Mapping[str, Any],
+        key,
+        train: bool = True,
+        units: Float[Array, " feature"] | None = None,
     ) -> "_Problem":
         """The losses of this step as functions of the parameters and of rows."""
 
@@ -495,7 +545,8 @@ class Step:
 
         def context(part, train=train):
             keys = {"rngs": stream(part.key, "model"), "step_rngs": stream(key, "model")}
-            return Context(train=train, step=state.step, axis=self.axis, domain=part.inputs.domain, **keys)
+            where = {"axis": self.axis, "domain": part.inputs.domain}
+            return Context(train=train, step=state.step, units=units, **where, **keys)
 
         def common(below, part):
             return merged(below).common(part.inputs, context(part, train and not self.frozen))

@@ -153,7 +153,7 @@ def plan_axis(setup: Setup, members: Sequence[Member], *, axis: str = "auto", ch
 
 def program_of(setup: Setup, member: Member) -> Hashable:
     """What members must have in common to be trained by one program."""
-    step, state = setup.build(member, setup.stages[0], member.model())
+    step, state = setup.build(member, setup.stages[0], member.initial())
     return step.program(), shapes_of(state)
 
 
@@ -174,7 +174,7 @@ def _alone(setup: Setup, member: Member) -> Result | TrainingError:
 
 def _together(setup: Setup, members: Sequence[Member], chunk: int | None) -> Plan:
     """The plan under ``vmap``: as many as their states let, fewer where the program they share needs more than that."""
-    _, state = setup.build(members[0], setup.stages[0], members[0].model())
+    _, state = setup.build(members[0], setup.stages[0], members[0].initial())
     each, free = _held_bytes(state), _free_bytes()
     size = _places(setup, len(members), each, free, chunk)
     while size > 1:

@@ -6,6 +6,7 @@ from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
 from mtl_jax.train.adaptation import Adaptation
+from mtl_jax.transfer.kernels import of_norm
 
 
 @register
@@ -37,6 +38,4 @@ class BitFit(Adaptation):
         return params, {}
 
     def _is_bias(self, path: str) -> bool:
-        *parents, last = path.split("/")
-        normalises = any(part == "norm" or part.endswith("_norm") for part in parents)
-        return last in ("bias", "domain_bias") and (self.include_norm or not normalises)
+        return path.split("/")[-1] in ("bias", "domain_bias") and (self.include_norm or not of_norm(path))

@@ -6,12 +6,18 @@ from typing import Any
 
 from mtl_jax.arguments import shown
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import label
+from mtl_jax.model import is_table, label
 
 
 def of_tasks(path: str) -> bool:
     """Whether a parameter is one of a task's own."""
     return label(path).startswith("task/")
+
+
+def of_norm(path: str) -> bool:
+    """Whether a parameter is the scale or the shift of a normalisation."""
+    *_, module = (part for part in path.split("/")[:-1] if not part.isdigit())
+    return not is_table(path) and (module in ("norm", "norms") or module.endswith("_norm"))
 
 
 def is_target(path: str, pattern: str) -> bool:

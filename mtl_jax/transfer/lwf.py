@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mtl_jax.arguments import check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.model import COPY
-from mtl_jax.train.adaptation import TEACHER, Adaptation, is_zero, mean_over_rows
+from mtl_jax.train.adaptation import TEACHER, Adaptation, Params, is_zero, mean_over_rows
 from mtl_jax.transfer.distill import distance
 from mtl_jax.transfer.fine_tune import FineTune
 from mtl_jax.transfer.kernels import of_tasks
@@ -55,17 +55,29 @@ class LwF(Adaptation):
         return FineTune() if is_zero(self.weight) else self
 
     def init(self, params, origin, key):
-        old = {f"{COPY}/{path}": jnp.copy(array) for path, array in params.items() if of_tasks(path)}
-        return params | old, {TEACHER: {path: jnp.copy(array) for path, array in params.items()}}
+        return with_copies(params), {TEACHER: {path: jnp.copy(array) for path, array in params.items()}}
 
     def adapt(self, params, kept, loss, batches):
-        return {path: array for path, array in params.items() if not path.startswith(f"{COPY}/")}
+        return deployed(params)
 
     def penalty(self, params, kept, view):
-        model = self.adapt(params, kept, None, None)
-        with_old = {path: params.get(f"{COPY}/{path}", array) for path, array in model.items()}
         before = jax.lax.stop_gradient(view.outputs(kept[TEACHER], train=False))
-        now = view.outputs(with_old, train=True)
+        now = view.outputs(of_source(params), train=True)
         distances = [distance(task, before[task.name], now[task.name], self.temperature) for task in view.tasks]
         scale = self.weight if self.t_squared else self.weight / self.temperature**2
         return scale * sum(mean_over_rows(rows, view.weight) for rows in distances)
+
+
+def with_copies(params: Params) -> Params:
+    """The parameters with copies of the tasks' own ones beside them."""
+    return params | {f"{COPY}/{path}": jnp.copy(array) for path, array in params.items() if of_tasks(path)}
+
+
+def deployed(params: Params) -> Params:
+    """The parameters without the copies."""
+    return {path: array for path, array in params.items() if not path.startswith(f"{COPY}/")}
+
+
+def of_source(params: Params) -> Params:
+    """The parameters with the copies in place of what they are copies of."""
+    return {path: params.get(f"{COPY}/{path}", array) for path, array in deployed(params).items()}

@@ -20,16 +20,22 @@ ROOT = Path(__file__).resolve().parents[2]
 def small(monkeypatch):
     for name, value in {"BATCH": 16, "STEPS": 3, "SINES": 4}.items():
         monkeypatch.setattr(transfer_worker, name, value)
-    for made in (transfer_worker.transfer, transfer_worker.maml):
+    for made in (transfer_worker.transfer, transfer_worker.train, transfer_worker.maml):
         made.cache_clear()
     yield
-    for made in (transfer_worker.transfer, transfer_worker.maml):
+    for made in (transfer_worker.transfer, transfer_worker.train, transfer_worker.maml):
         made.cache_clear()
 
 
 @pytest.mark.parametrize("mode", [transfer_worker.PLAIN, *transfer_worker.MODES])
 def test_every_mode_is_timed(mode, small):
     answer = transfer_worker.answer({"part": "step", "mode": mode, "tasks": 2, "encoder": [4]})
+    assert answer["seconds"] > 0
+
+
+@pytest.mark.parametrize("strategy", [transfer_worker.PLAIN, "lora", "constrained", "maml", "reptile"])
+def test_whole_train_steps_of_every_kind_are_timed(strategy, small):
+    answer = transfer_worker.answer({"part": "train", "strategy": strategy, "tasks": 2, "encoder": [4]})
     assert answer["seconds"] > 0
 
 
@@ -101,12 +107,15 @@ def record_of(rounds):
         for tasks in transfer_cost.TASKS
         for units in transfer_cost.ENCODERS
     ]
+    trained = [
+        run | {"seconds": dict.fromkeys((transfer_worker.PLAIN, *transfer_worker.STRATEGIES), 1.0)} for run in steps
+    ]
     waves = [
         {"inner_steps": number, "round": turn, "seconds": {"ours": slow} | ({"torch": slow * torch} if torch else {})}
         for turn, (slow, _, torch) in enumerate(rounds)
         for number in transfer_cost.INNER_STEPS
     ]
-    return {"step_runs": steps, "maml_runs": waves}
+    return {"step_runs": steps, "train_runs": trained, "maml_runs": waves}
 
 
 def test_ratios_are_within_a_round_and_goals_judge_by_the_worst():

@@ -17,6 +17,7 @@ from mtl_jax.arms import METHOD
 from mtl_jax.config import build, plain
 from mtl_jax.data.batching import as_batch, epoch_order
 from mtl_jax.plan import runs_of
+from mtl_jax.report.folder import config_hash
 from mtl_jax.run_config import KEYS, TRAINER_KEYS, build_model, build_parts
 from mtl_jax.train import Step, compile_step
 from mtl_jax.train.loop import run_steps
@@ -52,6 +53,7 @@ SMALL = {
 # What ties binary tasks, or reads domains, user and item.
 OF_A_FUNNEL = (
     "aitm", "resflow", "star", "sar_net", "m2m", "adasparse", "hamur", "epnet", "ppnet", "pepnet", "adapt_dhm", "m3oe",
+    "feature_augmentation",
 )  # fmt: skip
 # Data whose rows are made on the spot -> a small one.
 GENERATED = {
@@ -149,6 +151,18 @@ def test_every_data_node_names_options_that_the_loader_has(name, tmp_path):
 def test_the_configuration_is_plain_yaml():
     for path in ROOT.rglob("*.yaml"):
         assert OmegaConf.to_container(OmegaConf.load(path), resolve=False) is not None
+
+
+@pytest.mark.parametrize("name", ["train", "transfer", "ablate"])
+def test_feature_augmentation_is_pooling_with_towers_of_its_own(name):
+    """Both nodes can be overridden, and both make it another method than pooling."""
+    given = ["target=west", "source=north", "transfer.weight=0.5", "towers.units=[3]"]
+    chosen, pooled = (compose(f"transfer={one}", *given, name=name) for one in ("feature_augmentation", "pooled"))
+    assert chosen["transfer"] == pooled["transfer"] == {"_target_": "mtl_jax.transfer.Pooled", "weight": 0.5}
+    assert chosen["towers"]["_target_"] == "mtl_jax.nn.AugmentedTower"
+    assert chosen["towers"] == pooled["towers"] | {"_target_": chosen["towers"]["_target_"]}
+    assert {key for key in chosen if chosen[key] != pooled[key]} == {"towers"}
+    assert config_hash(chosen) != config_hash(pooled)
 
 
 def test_a_method_that_defines_an_option_itself_gets_it():

@@ -146,6 +146,17 @@ def test_scratch_is_the_reference_of_the_gain(finished, call):
     assert "over scratch" in out and alone["run_id"] in out
 
 
+def test_a_strategy_with_towers_of_its_own_has_the_same_reference(finished, call):
+    cwd, _ = finished
+    call(*SMALL, SCARCE, "transfer=scratch", cwd=cwd)
+    status, out, _ = call(*SMALL, SCARCE, "transfer=feature_augmentation", cwd=cwd)
+    assert status == 0 and "over scratch" in out
+    records = [read(path) for path in cwd.glob("outputs/train/*/result.json")]
+    (found,) = (record for record in records if record["method"]["transfer"] == "feature_augmentation")
+    assert found["config"]["towers"]["_target_"] == "mtl_jax.nn.AugmentedTower"
+    assert found["config"]["transfer"] == {"_target_": "mtl_jax.transfer.Pooled", "weight": 1.0}
+
+
 def test_help_is_for_newcomers(tmp_path, call):
     status, shown, _ = call("--help", cwd=tmp_path)
     assert not status

@@ -99,22 +99,40 @@ def arrays_of():
 
 @pytest.fixture(scope="session")
 def make_step(schema, arrays_of):
-    """(model, adaptation, ...) -> (step, state) in the first phase of the adaptation; all of the model is a source's."""
+    """(model, adaptation, ...) -> (step, state) in a phase of the adaptation; all of the model is a source's."""
 
     def build(model, adaptation, *, phase=0, origin=None, tasks=schema.tasks, balancer=None, key=0, **options):
+        origin = dict.fromkeys(arrays_of(model), True) if origin is None else origin
         if adaptation is not None:
+            model = adaptation.prepared(model, jax.random.key(key))
             options["trainable"] = adaptation.phases()[phase]
+            adaptation = adaptation.in_phase(phase)
         return Step.of(
             model,
             tasks,
             key=jax.random.key(key),
             balancer=equal() if balancer is None else balancer,
             adaptation=adaptation,
-            origin=dict.fromkeys(arrays_of(model), True) if origin is None else origin,
+            origin=origin,
             **options,
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def studied():
+    """(step, state, batch) -> the state, once the rows of a batch have been looked at, a few at a time."""
+
+    def look(step, state, batch, size=8):
+        if not step.adaptation.studies:
+            return state
+        rows = len(batch["weight"])
+        order = np.pad(np.arange(rows), (0, -rows % size), constant_values=-1).reshape(-1, size)
+        found = jax.jit(step.study)(state, batch, order)
+        return state._replace(kept=state.kept._replace(arrays=state.kept.arrays | found))
+
+    return look
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,7 @@ PATHS = {
     "tables/bias/rows": False,
     "encoder/norm/bias": None,
     "sharing/batch_norm/bias": None,
+    "sharing/norms/0/bias": None,
 }
 """Path -> whether it is trained; None: where shifts of normalisations are."""
 

@@ -13,6 +13,7 @@ import pytest
 from mtl_jax.data.batching import take
 from mtl_jax.data.dataset import concatenated
 from mtl_jax.errors import ConfigError, Interrupted
+from mtl_jax.tasks import Task
 from mtl_jax.train import Member, Optimizer, fit, fit_many
 from mtl_jax.train.adaptation import Adaptation, structure
 from mtl_jax.train.session import Session
@@ -24,7 +25,10 @@ from mtl_jax.transfer import (
     L2SP,
     MAML,
     MLDG,
+    Adapter,
     BitFit,
+    CoTuning,
+    Delta,
     DiscriminativeLR,
     Distill,
     DomainNegotiation,
@@ -35,11 +39,13 @@ from mtl_jax.transfer import (
     GradualUnfreeze,
     LinearMap,
     LinearProbe,
+    LinInt,
     LoRA,
     LwF,
     MetaSGD,
     NonlinearMap,
     Pooled,
+    Pred,
     Reptile,
     Scratch,
     ZeroShot,
@@ -52,15 +58,20 @@ BIASES = {f"sharing/bottom/layers/{n}/bias" for n in (0, 1)}
 TOWERS = {f"task/{task}/tower/head/{name}" for task in ("click", "spend") for name in ("kernel", "bias")}
 SHARED = KERNELS | BIASES
 ALL = TABLE | SHARED | TOWERS
+ADAPTERS = {
+    f"sharing/bottom/aux/adapter/{n}/{part}/{name}"
+    for n in (0, 1)
+    for part in ("down", "up")
+    for name in ("kernel", "bias")
+}
 
 
 def named(value):
     return type(value).__name__ if isinstance(value, Adaptation) else str(value)
 
 
-def num_batches(strategy):
-    """Which take turns in a step."""
-    return math.prod(strategy.episodes) if strategy.episodes else strategy.batches_beside + 1
+CLASSES = (Task("click", "binary"), Task("kind", "multiclass", classes=("a", "b", "c")))
+OF_CLASSES = {path.replace("spend", "kind") for path in ALL}
 
 
 def beside(prefix, paths, *names):
@@ -69,18 +80,22 @@ def beside(prefix, paths, *names):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A strategy with what it trains, what of the model then moves, and whether it deploys at first what was loaded; after
-    so many epochs."""
+    """A strategy with what it trains, what of the model then moves, whether it deploys at first what was loaded, after how
+    many epochs, what is deployed beside that, and of which phase and tasks all that is."""
 
     strategy: object
     trained: frozenset
     moved: frozenset = frozenset(ALL)
     same_at_first: bool = True
     epochs: int = 0
+    added: frozenset = frozenset()
+    phase: int = 0
+    tasks: tuple = ()
 
     @property
     def batches(self):
-        return num_batches(self.strategy)
+        of_domains = self.strategy.episodes
+        return math.prod(of_domains) if of_domains else self.strategy.batches_beside + 1
 
 
 CASES = {
@@ -92,11 +107,22 @@ CASES = {
     "discriminative_lr": Case(DiscriminativeLR(), ALL),
     "gradual_unfreeze": Case(GradualUnfreeze(), ALL, epochs=3),
     "pooled": Case(Pooled(0.5), ALL),
+    "pred": Case(Pred(), ALL),
+    "lin_int": Case(LinInt(), ALL),
     "l2_sp": Case(L2SP(), ALL),
     "distill": Case(Distill(), ALL),
     "feature_distill": Case(FeatureDistill(), ALL),
     "bss": Case(BSS(), ALL),
     "lwf": Case(LwF(), ALL | {f"aux/copy/{path}" for path in TOWERS}),
+    "adapter": Case(Adapter(3), ADAPTERS | TOWERS, ADAPTERS | TOWERS, added=ADAPTERS),
+    "co_tuning": Case(
+        CoTuning(),
+        OF_CLASSES | {f"aux/copy/{path}" for path in OF_CLASSES if path.startswith("task/")},
+        OF_CLASSES,
+        tasks=CLASSES,
+    ),
+    "delta": Case(Delta(), TOWERS, TOWERS),
+    "delta after its probe": Case(Delta(), ALL, phase=1),
     "lora": Case(LoRA(2), beside("aux/lora", KERNELS, "a", "b") | TOWERS, KERNELS | TOWERS),
     "lora of one": Case(
         LoRA(2, targets=".*/0/kernel", rank_stabilised=True),
@@ -123,14 +149,37 @@ CASES = {
 }
 
 
-ALIKE = {"scratch", "pooled", "linear_probe then all", "lora of one", "update", "mamdr_dn", "mamdr_dr"}
+ALIKE = {
+    "scratch", "pooled", "pred", "lin_int", "linear_probe then all", "lora of one", "update", "delta", "mamdr_dn",
+    "mamdr_dr",
+}  # fmt: skip
 """Their first stage is the program of another case."""
 
 
 @pytest.fixture(scope="module")
 def batches(make_batch, in_turn):
-    """How many take turns -> a batch of the target and of so many sources."""
-    return functools.cache(lambda number: in_turn(*(make_batch(ROWS, seed) for seed in range(number))))
+    """(how many take turns, tasks) -> a batch of the target and of so many sources."""
+
+    @functools.cache
+    def made(number, tasks=()):
+        options = {"tasks": tasks} if tasks else {}
+        return in_turn(*(make_batch(ROWS, seed, **options) for seed in range(number)))
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def begun(schema, make_model, make_step, sources, studied, batches):
+    """Case -> its model, and the step and state that its phase begins with."""
+
+    def build(case, **options):
+        tasks = case.tasks or schema.tasks
+        model = make_model(of=dataclasses.replace(schema, tasks=tasks))
+        kept = sources(case.strategy.source_batches)
+        step, state = make_step(model, case.strategy, phase=case.phase, tasks=tasks, batches=kept, **options)
+        return model, step, studied(step, state, batches(1, case.tasks))
+
+    return build
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +202,10 @@ class Built:
 
 
 @pytest.fixture(scope="module", params=[name for name in CASES if name not in ALIKE])
-def built(request, make_model, make_step, sources, perturbed):
+def built(request, begun, perturbed):
     """A strategy's step at a point where no factor is zero, compiled once."""
     case = CASES[request.param]
-    number = case.strategy.source_batches
-    step, state = make_step(
-        make_model(), case.strategy, batches=sources(number), optimizer=Optimizer(learning_rate=0.01)
-    )
+    _, step, state = begun(case, optimizer=Optimizer(learning_rate=0.01))
     state = perturbed(step.started(state))
     for _ in range(case.epochs):
         state = step.end_epoch(state)
@@ -174,7 +220,7 @@ def changed(before, after):
 def test_what_moves_is_what_is_declared_and_the_rest_stays_to_the_last_bit(built, batches):
     state = built.start
     for _ in range(STEPS):
-        state, _ = built.run(state, batches(built.case.batches))
+        state, _ = built.run(state, batches(built.case.batches, built.case.tasks))
     trained = built.start.params, state.params
     assert trained[0].keys() == built.case.trained == changed(*trained)
     assert changed(built.step.evaluated(built.start), built.step.evaluated(state)) == built.case.moved
@@ -183,8 +229,9 @@ def test_what_moves_is_what_is_declared_and_the_rest_stays_to_the_last_bit(built
 
 
 def test_a_batch_of_padding_or_without_labels_is_finite(built, batches):
-    whole = batches(built.case.batches)
-    silent = whole | {"mask": whole["mask"] | {"spend": jnp.zeros_like(whole["mask"]["spend"])}}
+    whole = batches(built.case.batches, built.case.tasks)
+    task = built.step.tasks[1].name
+    silent = whole | {"mask": whole["mask"] | {task: jnp.zeros_like(whole["mask"][task])}}
     padding = whole | {"weight": jnp.zeros_like(whole["weight"])}
     for batch in (silent, padding):
         state, sums = built.run(built.start, batch)
@@ -194,14 +241,14 @@ def test_a_batch_of_padding_or_without_labels_is_finite(built, batches):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_deployed_model_is_an_ordinary_one_and_at_first_the_one_that_was_loaded(
-    name, make_model, make_step, sources, arrays_of, make_batch
-):
-    case, model = CASES[name], make_model()
-    step, state = make_step(model, case.strategy, batches=sources(case.strategy.source_batches))
+def test_the_deployed_model_is_an_ordinary_one_and_at_first_the_one_that_was_loaded(name, begun, arrays_of, make_batch):
+    case = CASES[name]
+    model, step, state = begun(case)
     loaded, deployed = arrays_of(model), step.evaluated(state)
-    assert deployed.keys() == loaded.keys()
-    assert changed(loaded, deployed) == (set() if case.same_at_first else case.moved - _out_of_scope(case))
+    assert deployed.keys() == loaded.keys() | case.added
+    assert changed(loaded, {path: deployed[path] for path in loaded}) == (
+        set() if case.same_at_first else case.moved - _out_of_scope(case)
+    )
     outputs = step.functional.merge(deployed)(make_batch(ROWS))
     assert all(np.all(np.isfinite(output)) for output in outputs.values())
 
@@ -236,6 +283,7 @@ def after(make_model, make_step, batches):
         Distill(0.0),
         FeatureDistill(0.0),
         BSS(0.0),
+        CoTuning(0.0),
         DiscriminativeLR(1),
         GradientTransfer(0.0),
     ],
@@ -268,9 +316,16 @@ def member_of(make_model, arrays_of):
     return build
 
 
-def test_a_whole_run_with_a_step_size_of_zero_is_one_of_fine_tuning(setup_of, member_of, arrays_of, assert_same):
-    """No row of the source is then trained on."""
-    found, expected = (Session(setup_of(one), member_of(one)).run() for one in (GradientTransfer(0.0), FineTune()))
+@pytest.mark.parametrize(
+    ("strategy", "left"),
+    [(GradientTransfer(0.0), FineTune()), (Delta(0.0, beta=0.0), LinearProbe(then_all=True))],
+    ids=named,
+)
+def test_a_whole_run_with_a_coefficient_of_zero_is_one_of_what_is_left(
+    strategy, left, setup_of, member_of, arrays_of, assert_same
+):
+    """No row of the source is then trained on, and none of the target studied."""
+    found, expected = (Session(setup_of(one), member_of(one)).run() for one in (strategy, left))
     assert [row["step"] for row in found.history] == [row["step"] for row in expected.history]
     assert_same(arrays_of(found.model), arrays_of(expected.model))
 
@@ -280,7 +335,9 @@ def test_a_whole_run_with_a_step_size_of_zero_is_one_of_fine_tuning(setup_of, me
     [
         (L2SP(), (2, 3)),
         (LoRA(2), (2, 3)),
+        (Adapter(2), (2, 3)),
         (LinearProbe(then_all=True), (4, 4)),
+        (Delta(), (4, 4)),
         (GradientTransfer(), (2, 3)),
         (GradualUnfreeze(allow_partial=True), (3, 1)),
         (MAML(), (2, 3)),
@@ -320,6 +377,7 @@ def test_a_probe_that_fine_tuning_ruins_is_what_is_selected(make_model, make_dat
     [
         (L2SP(0.1, 0.01), L2SP(5.0, 0.3)),
         (LoRA(2, 1.0), LoRA(2, 16.0)),
+        (Delta(0.01), Delta(20.0, 0.05, 0.3)),
         (GradientTransfer(0.01), GradientTransfer(0.3)),
         (MAML(step_size=0.01), MAML(step_size=0.3)),
         (DomainNegotiation(0.1), DomainNegotiation(1.0)),
@@ -415,9 +473,15 @@ def test_pooling_is_training_on_the_rows_of_both(make_model, make_data, make_row
         (Distill, {"temperature": 0.0}, r"transfer.temperature is 0.0; expected a number in \(0"),
         (FeatureDistill, {"weight": "1"}, "transfer.weight is '1'; expected a number"),
         (BSS, {"weight": -1e-3}, "transfer.weight is -0.001"),
+        (CoTuning, {"weight": -1.0}, "transfer.weight is -1.0"),
+        (Delta, {"weight": -1.0}, "transfer.weight is -1.0"),
+        (Delta, {"tau": 0.0}, r"transfer.tau is 0.0; expected a number in \(0"),
+        (Delta, {"beta": -0.1}, "transfer.beta is -0.1"),
         (BSS, {"k": 0}, "transfer.k is 0; expected a whole number from 1"),
         (DiscriminativeLR, {"xi": 0.0}, r"transfer.xi is 0.0; expected a number in \(0"),
         (GradualUnfreeze, {"epochs_per_group": 0}, "transfer.epochs_per_group is 0; expected a whole number from 1"),
+        (Adapter, {"width": 0}, "transfer.width is 0; expected a whole number from 1"),
+        (Adapter, {"targets": "["}, r"transfer.targets is '\[', no pattern"),
         (LoRA, {"rank": 0}, "transfer.rank is 0; expected a whole number from 1"),
         (LoRA, {"alpha": 0.0}, "transfer.alpha is 0.0"),
         (LoRA, {"targets": "("}, r"transfer.targets is '\(', no pattern"),

@@ -220,6 +220,47 @@ def test_the_target_is_reduced_and_the_source_never(ran, compose, shared, output
         assert set(small.splits["train"]) < set(large.splits["train"])
 
 
+def test_a_meta_learned_source_is_a_run_of_its_own_that_a_few_steps_adapt(compose, shared, tmp_path):
+    """Over the two domains of the source; neither its rates nor its rows go along, and the target trains nothing."""
+    config = compose("source=[south,north]", "pretraining=maml", "transfer=few_steps", output_dir=tmp_path)
+    record = run(config, console=Console(file=io.StringIO()))
+    validate(record)
+    assert stages(record) == ["source_train", "select", "transfer", "GradientTransfer"]
+    assert record["timing"]["steps"] == 0 and record["stages"][2]["needs"] == ["source_tower"]
+    home = only(tmp_path, "source/*")
+    source = json.loads((home / "result.json").read_text())
+    validate(source)
+    artefact = Artefact.read(home / "artefact")
+    assert record["stages"][0]["artefact_hash"] == record["stages"][2]["parent_hash"] == artefact.hash
+    assert record["stages"][2]["loading_report"]["source_run"] == source["run_id"] == home.name
+    assert source["config"]["target"] == ["north", "south"] and source["config"]["source"] is None
+    assert source["config"]["transfer"]["_target_"] == "mtl_jax.transfer.MAML"
+    assert source["config"]["pretraining"] == {"_target_": "mtl_jax.transfer.Scratch"}
+    assert source["method"]["transfer"] == "MAML" and source["test_openings"] == 0
+    assert source["timing"]["steps"] == 4 * -(-source["data"]["rows"]["train"] // 64)
+    assert {path.split("/")[0] for path in artefact.arrays} == {"tables", "sharing", "task"}
+
+    def name(*overrides):
+        one = source_config(compose("source=[north,south]", *overrides), ["north", "south"])
+        return name_of(one, shared.dataset(one))
+
+    names = [name(), name("pretraining=maml"), name("pretraining=maml", "pretraining.num_steps=2")]
+    assert names[1] == home.name and len(set(names)) == 3
+    assert name("pretraining=maml", "transfer=l2_sp") == home.name
+
+
+def test_what_takes_over_from_a_source_trains_none(compose):
+    for name, shown in (("fine_tune", "FineTune"), ("pooled", "Pooled"), ("mamdr_dr", "DomainRegularisation")):
+        with pytest.raises(ConfigError, match=f"pretraining '{shown}' takes over from a source, and a source has none"):
+            check_transfer(compose(f"pretraining={name}"))
+    check_transfer(compose("pretraining=reptile"))
+
+
+def test_a_source_of_one_domain_cannot_be_meta_learned(compose, shared, tmp_path):
+    with pytest.raises(ConfigError, match="'MAML' learns from several domains and the training rows have 1"):
+        hand_over(compose("pretraining=maml", output_dir=tmp_path), shared)
+
+
 def test_scratch_and_pooling_train_no_source(compose, shared, tmp_path):
     for name, expected in (("scratch", []), ("pooled", ["select"])):
         config = compose(SCARCE, f"transfer={name}", output_dir=tmp_path)

@@ -218,18 +218,26 @@ class RunStack:
         self.program: Callable[..., tuple[TrainState, Sums]] = self.setup.program(key, lower)
 
     def run_epoch(self, state: TrainState, best: Params, positions: list[Position], clock: Clock) -> TrainState:
-        """The steps of one epoch, from wherever the clock stands in it."""
+        """The steps of one epoch, from wherever the clock stands in it. Members that have fewer wait for the others."""
         epoch = clock.stage * self.setup.epochs + clock.epoch
         orders = [self.order(number, epoch) for number in range(1 if self.shared_order else len(self.members))]
+
+        def left() -> dict[int, int]:
+            steps = {number: len(orders[0 if self.shared_order else number]) for number in self.going(positions)}
+            return {number: count - clock.step for number, count in steps.items() if count > clock.step}
+
         steps_per_call = self.setup.steps_per_call
-        while clock.step < len(orders[0]) and self.going(positions):
+        while going := left():
             start = time.perf_counter()
-            going = self.going(positions)
-            parts = [order[clock.step : clock.step + steps_per_call] for order in orders]
-            count, examples = len(parts[0]), int((parts[0] >= 0).sum())
-            padding = ((0, steps_per_call - count), (0, self.setup.padded_size(self.members[0]) - parts[0].shape[1]))
-            rows = self.place_orders([np.pad(part, padding, constant_values=-1) for part in parts])
-            state = self.freeze(state, going)
+            count = min(steps_per_call, *going.values())
+            parts = [order[clock.step : clock.step + count] for order in orders]
+            examples = [int((part >= 0).sum()) for part in parts]
+            width = self.setup.padded_size(self.members[0])
+            padding = [((0, steps_per_call - len(part)), (0, width - part.shape[1])) for part in parts]
+            rows = self.place_orders(
+                [np.pad(part, pad, constant_values=-1) for part, pad in zip(parts, padding, strict=True)]
+            )
+            state = self.freeze(state, list(going))
             state, sums = self.program(state, self.setup.train, rows, np.int32(count), self.numbers)
             sums, live, at = jax.device_get((sums, state.live, state.step))  # the only look at the device
             seconds = time.perf_counter() - start
@@ -237,15 +245,16 @@ class RunStack:
             for number in going:
                 own: Sums = jax.tree.map(lambda leaf, number=number: leaf[number], sums)
                 if live[number]:
-                    self.advance(number, positions[number], own, count, examples, seconds / len(going))
+                    seen = examples[0 if self.shared_order else number]
+                    self.advance(number, positions[number], own, count, seen, seconds / len(going))
                 else:
                     self.fail(number, positions[number], own, int(at[number]) + 1)
-            if clock.step < len(orders[0]) and time.perf_counter() - self.saved >= self.setup.checkpoint_seconds:
+            if left() and time.perf_counter() - self.saved >= self.setup.checkpoint_seconds:
                 self.save(state, best, positions, clock)
             if self.setup.should_stop():
                 self.save(state, best, positions, clock)
                 raise Interrupted(
-                    f"stopped in epoch {clock.epoch + 1} after {clock.step} of {len(orders[0])} steps of "
+                    f"stopped in epoch {clock.epoch + 1} after {clock.step} of {max(map(len, orders))} steps of "
                     f"{len(self.members)} runs"
                 )
         return state

@@ -569,13 +569,14 @@ class Step:
         def row_regulariser(params, part):
             model, cut = merged(params), common(params, part)
             penalties = model.row_penalties(cut, context(part), part.batch)
+            whole = part.batch if self.by_domain else batch
 
             def scale(tasks, rows):
                 return math.prod([rows["weight"], *(rows["mask"][task] for task in tasks)])
 
             parts = [
                 jnp.vdot(scale(tasks, part.batch), penalty)
-                / jnp.maximum(total(scale(tasks, batch).sum(), self.axis), 1e-12)
+                / jnp.maximum(total(scale(tasks, whole).sum(), self.axis), 1e-12)
                 for tasks, penalty in penalties.items()
             ]
             return sum(parts, jnp.zeros(()))
@@ -808,7 +809,7 @@ def _of_domains(problem: _Problem, weights: Float[Array, " domain"]) -> _Problem
     return problem._replace(
         common=jax.vmap(problem.common),
         heads={task: head(loss) for task, loss in problem.heads.items()},
-        row_regulariser=lambda params, part: jnp.sum(jax.vmap(problem.row_regulariser)(params, part)),
+        row_regulariser=lambda params, part: jnp.vdot(weights, jax.vmap(problem.row_regulariser)(params, part)),
     )
 
 

@@ -36,9 +36,10 @@ def schema():
 
 @pytest.fixture(scope="session")
 def make_rows(schema):
-    """(num_rows, seed) -> Encoded. The first rows name every id once; some labels are unobserved, and NaN."""
+    """(num_rows, seed) -> Encoded. The first rows name every id once; some labels are unobserved, and NaN. Of several
+    domains the last one has twice the rows of the others."""
 
-    def build(num_rows, seed=0, *, tasks=schema.tasks, share=0.8):
+    def build(num_rows, seed=0, *, tasks=schema.tasks, share=0.8, domains=0):
         rng = np.random.default_rng(seed)
         ids = np.resize(np.arange(IDS), num_rows).astype(np.int32)
         dense = rng.normal(size=(num_rows, 2)).astype(np.float32)
@@ -52,7 +53,8 @@ def make_rows(schema):
                 value = value > 0 if task.kind == "binary" else value
                 labels[task.name] = np.where(observed, value, np.nan).astype(np.float32)
         weight = rng.uniform(0.5, 1.5, num_rows).astype(np.float32)
-        return Encoded(ids[:, None], dense, {}, {}, labels, mask, {}, weight)
+        domain = np.minimum(np.arange(num_rows) % (domains + 1), domains - 1).astype(np.int32) if domains else None
+        return Encoded(ids[:, None], dense, {}, {}, labels, mask, {}, weight, domain)
 
     return build
 
@@ -65,9 +67,9 @@ def make_batch(make_rows):
 
 @pytest.fixture(scope="session")
 def make_data(schema, make_rows):
-    """(num_train, seed) -> TrainingData."""
-    return lambda num_train=22, seed=0: TrainingData(
-        "world", schema, make_rows(num_train, seed), make_rows(20, seed + 50), "0" * 64
+    """(num_train, seed, domains=...) -> TrainingData."""
+    return lambda num_train=22, seed=0, **options: TrainingData(
+        "world", schema, make_rows(num_train, seed, **options), make_rows(20, seed + 50, **options), "0" * 64
     )
 
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import written_out
+from written_out import ROOTS, close, inside, loss, task_losses
 
 from mtl_jax.balancing import equal, fixed, pcgrad
 from mtl_jax.data.batching import as_batch, take
@@ -26,31 +28,7 @@ from mtl_jax.transfer import FineTune, GradientTransfer, gradient_transfer
 ETA, RATE, ROWS = 0.3, 0.1, 16
 SGD = Optimizer(optax.identity(), learning_rate=RATE)
 SPARSE = {"table_updates": {"user": "sparse"}}
-ROOTS = {"embedding": "tables", "shared": "sharing", "task": "task"}
 SOURCE = "aux/copy/"
-
-
-def layer(params, path, x):
-    return x @ params[f"{path}/kernel"] + params[f"{path}/bias"]
-
-
-def task_losses(params, batch):
-    """Weighted means over observed labels, 0 without one, of a model that is written out layer by layer."""
-    x = jnp.concatenate([params["tables/user/rows"][batch["ids"][:, 0]], batch["dense"]], axis=1)
-    for number in (0, 1):
-        x = jax.nn.relu(layer(params, f"sharing/bottom/layers/{number}", x))
-    losses = {}
-    for task in ("click", "spend"):
-        z = layer(params, f"task/{task}/tower/head", x)
-        y = jnp.where(batch["mask"][task] > 0, batch["labels"][task], 0)
-        elements = jax.nn.softplus(z[:, 0]) - y * z[:, 0] if task == "click" else jnp.square(z[:, 0] - y)
-        weight = batch["weight"] * batch["mask"][task]
-        losses[task] = jnp.sum(weight * elements) / jnp.maximum(jnp.sum(weight), 1e-9)
-    return losses
-
-
-def loss(params, batch):
-    return sum(task_losses(params, batch).values())
 
 
 def moved(params, sources, *, sign=-1, scope=("tables", "sharing", "task"), first_order=False):
@@ -80,14 +58,8 @@ def one_step(make_model, make_step, make_batch, in_turn, perturbed):
     return run
 
 
-def close(found, expected):
-    assert found.keys() == expected.keys()
-    for path in expected:
-        np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=2e-6, err_msg=path)
-
-
 def descended(params, gradient):
-    return {path: array - RATE * gradient[path] for path, array in params.items()}
+    return written_out.descended(params, gradient, RATE)
 
 
 def slope(params, target, sources, **options):
@@ -256,10 +228,6 @@ def test_statistics_of_batches_and_devices_of_their_own_are_refused(make_model, 
 
 
 # The losses of the source as a term of the objective
-
-
-def inside(path, scope=tuple(ROOTS)):
-    return path.split("/")[0] in {ROOTS[kind] for kind in scope}
 
 
 def pure(*, scope=tuple(ROOTS), weights=(1.0, 1.0), **options):

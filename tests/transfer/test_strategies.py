@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +21,18 @@ from mtl_jax.train.setup import Setup
 from mtl_jax.train.state import Functional
 from mtl_jax.transfer import (
     BSS,
+    IMAML,
     L2SP,
+    MAML,
+    MLDG,
     Adapter,
     BitFit,
     CoTuning,
     Delta,
     DiscriminativeLR,
     Distill,
+    DomainNegotiation,
+    DomainRegularisation,
     FeatureDistill,
     FineTune,
     GradientTransfer,
@@ -36,9 +42,11 @@ from mtl_jax.transfer import (
     LinInt,
     LoRA,
     LwF,
+    MetaSGD,
     NonlinearMap,
     Pooled,
     Pred,
+    Reptile,
     Scratch,
     ZeroShot,
 )
@@ -86,7 +94,8 @@ class Case:
 
     @property
     def batches(self):
-        return self.strategy.batches_beside + 1
+        of_domains = self.strategy.episodes
+        return math.prod(of_domains) if of_domains else self.strategy.batches_beside + 1
 
 
 CASES = {
@@ -130,11 +139,20 @@ CASES = {
     "constrained": Case(GradientTransfer(), ALL, same_at_first=False),
     "ascent of shared layers": Case(GradientTransfer(0.1, 1, scope=("shared",)), ALL, same_at_first=False),
     "first_order": Case(GradientTransfer(mode="first_order", num_steps=2), ALL, same_at_first=False),
+    "maml": Case(MAML(2), ALL),
+    "meta_sgd": Case(MetaSGD(2), ALL | {f"aux/rate/{path}" for path in ALL}),
+    "imaml": Case(IMAML(2, num_steps=2), ALL),
+    "mldg": Case(MLDG(2), ALL),
+    "reptile": Case(Reptile(2, num_steps=2), ALL),
+    "mamdr_dn": Case(DomainNegotiation(), ALL),
+    "mamdr_dr": Case(DomainRegularisation(), ALL),
 }
 
 
-ALIKE = {"scratch", "pooled", "linear_probe then all", "lora of one", "update", "delta"}
-ALIKE = {"scratch", "pooled", "pred", "lin_int", "linear_probe then all", "lora of one", "update"}
+ALIKE = {
+    "scratch", "pooled", "pred", "lin_int", "linear_probe then all", "lora of one", "update", "delta", "mamdr_dn",
+    "mamdr_dr",
+}  # fmt: skip
 """Their first stage is the program of another case."""
 
 
@@ -284,7 +302,7 @@ def setup_of(make_data, make_rows):
 
     @functools.cache
     def build(strategy):
-        return Setup.of(make_data(), adaptation=strategy, source=make_rows(17, 30), **RUN)
+        return Setup.of(make_data(domains=2), adaptation=strategy, source=make_rows(17, 30, domains=2), **RUN)
 
     return build
 
@@ -322,6 +340,8 @@ def test_a_whole_run_with_a_coefficient_of_zero_is_one_of_what_is_left(
         (Delta(), (4, 4)),
         (GradientTransfer(), (2, 3)),
         (GradualUnfreeze(allow_partial=True), (3, 1)),
+        (MAML(), (2, 3)),
+        (DomainNegotiation(), (2, 3)),
     ],
     ids=named,
 )
@@ -359,6 +379,8 @@ def test_a_probe_that_fine_tuning_ruins_is_what_is_selected(make_model, make_dat
         (LoRA(2, 1.0), LoRA(2, 16.0)),
         (Delta(0.01), Delta(20.0, 0.05, 0.3)),
         (GradientTransfer(0.01), GradientTransfer(0.3)),
+        (MAML(step_size=0.01), MAML(step_size=0.3)),
+        (DomainNegotiation(0.1), DomainNegotiation(1.0)),
     ],
     ids=named,
 )
@@ -368,7 +390,8 @@ def test_runs_with_other_numbers_side_by_side_are_those_runs_alone(
     assert structure(one) == structure(other)
     members = [member_of(strategy, optimizer=Optimizer(learning_rate=0.01)) for strategy in (one, other)]
     options = RUN | {"adaptation": one, "source": make_rows(17, 30)}
-    together, alone = (dict(fit_many(members, make_data(), axis=axis, **options)) for axis in ("vmap", "map"))
+    data = make_data(domains=2)
+    together, alone = (dict(fit_many(members, data, axis=axis, **options)) for axis in ("vmap", "map"))
     for number in (0, 1):
         found, expected = arrays_of(together[number].model), arrays_of(alone[number].model)
         for path in expected:

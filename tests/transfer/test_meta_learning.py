@@ -360,7 +360,7 @@ def trained_by(optimizer, params, blocks):
         ({"step_size": ETA, "num_steps": 1, "inner": "sgd"}, optax.sgd(ETA), {}),
         ({"step_size": 0.01, "num_steps": 2}, optax.adam(0.01, b1=0.0), SPARSE),
     ],
-    ids=str,
+    ids=["one step of sgd", "two of adam"],
 )
 def test_reptile_goes_towards_the_mean_of_where_training_on_each_domain_ends(options, inner, more, compiled):
     program = compiled(Reptile(2, **options), **more)
@@ -390,7 +390,7 @@ def weights_of_mgda(product, squares):
 
 
 @pytest.mark.parametrize(
-    ("balancer", "weights_of"), [(pcgrad(), weights_of_pcgrad), (mgda(), weights_of_mgda)], ids=lambda one: str(one)
+    ("balancer", "weights_of"), [(pcgrad(), weights_of_pcgrad), (mgda(), weights_of_mgda)], ids=["pcgrad", "mgda"]
 )
 def test_gradients_of_all_adapted_parameters_are_balanced_and_pulled_back_once(balancer, weights_of, compiled):
     """A task's gradient is stacked over domains."""

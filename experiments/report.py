@@ -11,7 +11,8 @@ from mtl_jax.errors import ConfigError, MissingFile, MtlJaxError, RunFolderError
 from mtl_jax.report.ablation import read_ablation
 from mtl_jax.report.comparison import compare
 from mtl_jax.report.files import FORMATS, write_report
-from mtl_jax.report.printed import print_comparison
+from mtl_jax.report.printed import print_comparison, rich_table
+from mtl_jax.report.tables import spanning
 
 PLAIN_WIDTH = 160
 
@@ -26,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, MissingFile, RunFolderError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return USAGE
+    for grid in spanning(comparisons):
+        console.print(rich_table(grid))
     for comparison in comparisons:
         print_comparison(comparison, console)
     try:

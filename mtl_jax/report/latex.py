@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from mtl_jax.report.rows import Comparison
-from mtl_jax.report.tables import LEGEND, TIED, Cell, Grid, tables
+from mtl_jax.report.tables import LEGEND, TIED, Cell, Grid, spanning, tables
 
 SYMBOLS = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -23,6 +23,7 @@ RULES = (r"\toprule", r"\midrule", r"\bottomrule")
 def document(comparisons: Sequence[Comparison]) -> str:
     """All tables of all data sets, one ``table`` environment each, the sentences as comments above them."""
     parts = [r"% \usepackage{booktabs} and \usepackage{graphicx} in the preamble"]
+    parts += [_environment(grid, f"tab:{grid.name}-{index}") for index, grid in enumerate(spanning(comparisons))]
     for index, comparison in enumerate(comparisons):
         parts += [f"% {' '.join(note.split())}" for note in comparison.notes]
         parts += [_environment(grid, f"tab:{grid.name}-{index}") for grid in tables(comparison)]

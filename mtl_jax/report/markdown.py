@@ -6,7 +6,7 @@ from tabulate import tabulate
 
 from mtl_jax.report.ablation import Ablation
 from mtl_jax.report.rows import Comparison
-from mtl_jax.report.tables import LEGEND, Cell, Grid, tables
+from mtl_jax.report.tables import LEGEND, Cell, Grid, spanning, tables
 
 MARKUP = str.maketrans({c: f"\\{c}" for c in "\\|*_`<>[]$"})
 
@@ -24,6 +24,7 @@ def document(ablation: Ablation, comparisons: Sequence[Comparison]) -> str:
     lines += [f"- versions: {escape(text)}" for text in sorted(versions)]
     lines += [f"- device: {escape(text)}" for text in sorted(devices)]
     parts.append("\n".join(lines))
+    parts += [f"**{escape(grid.title)}**\n\n{markdown_table(grid)}" for grid in spanning(comparisons)]
     for comparison in comparisons:
         parts.append(f"## {escape(comparison.data)}")
         parts.append("\n".join(f"- {escape(note)}" for note in comparison.notes))

@@ -14,7 +14,7 @@ from mtl_jax.report.ablation import Ablation
 from mtl_jax.report.drawing import Mark, marks
 from mtl_jax.report.pareto import pareto
 from mtl_jax.report.rows import Comparison
-from mtl_jax.report.tables import LEGEND, Cell, Grid, tables
+from mtl_jax.report.tables import LEGEND, Cell, Grid, spanning, tables
 
 # The browser itself refuses every request to anywhere; the empty icon keeps it from asking a server for one.
 HEAD = """<meta charset="utf-8">
@@ -106,12 +106,13 @@ def _sweep(comparisons: tuple[Comparison, ...], look: Mapping[str, Mark]) -> str
     axis = sweep.axis_of(comparisons)
     if axis is None:
         return ""
+    more = "\n".join(map(_more, spanning(comparisons)))
     picture = base64.b64encode(sweep.draw(axis, look)).decode()
     name = html.escape(axis.name)
     return (
         f"<h3>Over {name}</h3>\n"
         f"<p>Means over seeds with 95 % intervals. The sections below have one value of {name} each.</p>\n"
-        f'<img style="max-width: 100%" alt="Metrics of all arms over {name}" src="data:image/png;base64,{picture}">'
+        f'<img style="max-width: 100%" alt="Metrics of all arms over {name}" src="data:image/png;base64,{picture}">\n{more}'
     )
 
 

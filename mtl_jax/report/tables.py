@@ -1,14 +1,17 @@
 """The tables of a comparison, before they are drawn: for the terminal, Markdown and LaTeX alike."""
 
 import dataclasses
+from collections.abc import Sequence
 
+from mtl_jax.report.comparison import SCRATCH
 from mtl_jax.report.notes import interval, number, probability, status
 from mtl_jax.report.rows import Comparison, Row
 from mtl_jax.report.selection import settings
 from mtl_jax.report.statistics import Difference, Summary
-from mtl_jax.report.transfer import QUANTITIES
+from mtl_jax.report.transfer import QUANTITIES, fraction_to_scratch
 
 TIED = "≈"
+FRACTION = "data.target_fraction"
 LEGEND = (
     "mean ± half the width of its 95 % interval over n seeds; bold: best mean of the ranked arms; "
     f"{TIED}: not told apart from the best by seed-paired differences; differences and delta_m: positive = better"
@@ -136,6 +139,42 @@ def transfer(comparison: Comparison) -> Grid:
         "of the steps, on average, steps to scratch's best as a share of its own, and what was lost on the source"
     )
     return Grid("transfer", title, header, rows, text_columns=2)
+
+
+def spanning(comparisons: Sequence[Comparison]) -> tuple[Grid, ...]:
+    """Tables over all comparisons: how many rows of the target each strategy of transfer takes."""
+    of_data: dict[str, list[tuple[float, Comparison]]] = {}
+    for comparison in comparisons:
+        shares = {row.values.get(FRACTION) for row in comparison.rows}
+        if comparison.single_task == SCRATCH and len(shares) == 1 and None not in shares:
+            of_data.setdefault(comparison.data.split(", ")[0], []).append((float(shares.pop()), comparison))
+    return tuple(
+        _to_scratch(data, sorted(found, key=lambda one: one[0]))
+        for data, found in of_data.items()
+        if len(found) > 1 and found[-1][1].row(SCRATCH) is not None
+    )
+
+
+def _to_scratch(data: str, found: list[tuple[float, Comparison]]) -> Grid:
+    most, whole = found[-1]
+    rows = []
+    for arm in (row.arm for row in whole.rows if row.arm != SCRATCH):
+        cells = [Cell(arm)]
+        for task in whole.tasks:
+            means = {share: row.mean(task) for share, one in found if (row := one.row(arm)) is not None}
+            known, goal = (
+                {share: mean for share, mean in means.items() if mean is not None},
+                whole.row(SCRATCH).mean(task),
+            )
+            higher = whole.higher(task)
+            reached = None if goal is None else fraction_to_scratch(known, goal, higher_is_better=higher)
+            cells.append(Cell("never" if reached is None else f"{reached:.3g}"))
+        rows.append(tuple(cells))
+    title = (
+        f"Share of the target's rows at which the mean is that of scratch with {most:g} of them, on {data}, test part; "
+        "interpolated over the logarithm of the share"
+    )
+    return Grid("fraction_to_scratch", title, ("arm", *whole.tasks), tuple(rows))
 
 
 def candidates(comparison: Comparison) -> Grid:

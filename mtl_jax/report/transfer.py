@@ -49,6 +49,27 @@ def paired(
     }
 
 
+def fraction_to_scratch(values: Mapping[float, float], goal: float, *, higher_is_better: bool) -> float | None:
+    """The smallest share of the target's rows at which a metric is as good as a goal, None where it never is.
+
+    Args:
+      values: Share -> metric; between two shares it is linear over the logarithm of the share.
+      goal: The metric of training from scratch on all rows.
+      higher_is_better: Of the metric.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    before: tuple[float, float] | None = None
+    for share, value in sorted(values.items()):
+        missing = sign * (goal - value)
+        if missing <= 0:
+            if before is None:
+                return share
+            (last, lacked) = before
+            return math.exp(math.log(last) + lacked / (lacked - missing) * math.log(share / last))
+        before = share, missing
+    return None
+
+
 def curve_of(history: pl.DataFrame, task: str, metric: str) -> dict[int, float]:
     """Step -> value of a task's metric on validation."""
     rows = history.filter(part="valid", task=task, name=metric).drop_nulls("value")
@@ -74,8 +95,9 @@ def worth(ablation: Ablation, comparison: Comparison, reference: str) -> dict[st
             for seed, record in records.items():
                 forgotten = record.get("transfer", {}).get("forgetting") or {}
                 values["forgetting"][seed] = forgotten.get(task)
-                if seed in histories[reference]:
-                    curves = (curve_of(histories[arm][seed], task, facts["metric"]) for arm in (row.arm, reference))
+                read = [histories[arm].get(seed) for arm in (row.arm, reference)]
+                if all(history is not None for history in read):
+                    curves = (curve_of(history, task, facts["metric"]) for history in read)
                     for name, value in paired(*curves, higher_is_better=comparison.higher(task)).items():
                         values[name][seed] = value
             summaries = {name: summary(by_seed) for name, by_seed in values.items()}

@@ -173,13 +173,20 @@ def adapted_to(params, support, *, rates=ETA, num_steps=1, scope=LABELS, first_o
     return params
 
 
-def mean_query_loss(params, rows, **options):
-    """Of the parameters that are adapted to each domain in turn."""
-    return sum(loss(adapted_to(params, support, **options), query) for support, query in rows) / len(rows)
+def mean_over_domains(gradient, rows, *args):
+    """Of gradient(*args, support, query), one domain after the other."""
+    found = [gradient(*args, support, query) for support, query in rows]
+    return jax.tree.map(lambda *arrays: sum(arrays) / len(arrays), *found)
 
 
-def slope(params, rows, **options):
-    return jax.jit(jax.grad(lambda params: mean_query_loss(params, rows, **options)))(params)
+@functools.partial(jax.jit, static_argnames=("num_steps", "scope", "first_order"))
+def slope_of_domain(params, rates, support, query, **options):
+    return jax.grad(lambda params: loss(adapted_to(params, support, rates=rates, **options), query))(params)
+
+
+def slope(params, rows, rates=ETA, **options):
+    """Gradient of the mean over domains of the query loss after the inner steps."""
+    return mean_over_domains(functools.partial(slope_of_domain, **options), rows, params, rates)
 
 
 def apart(one, other, *roots):
@@ -207,7 +214,7 @@ def test_one_inner_step_of_any_size(maml):
     """Of size 0 it is training on the query rows; of another one it is neither that nor of first order."""
     before, rows = maml.before, maml.rows
     gradient = slope(before, rows)
-    plain = jax.jit(jax.grad(lambda params: sum(loss(params, query) for _, query in rows) / 2))(before)
+    plain = mean_over_domains(jax.jit(lambda params, _, query: jax.grad(loss)(params, query)), rows, before)
     close(maml.after(), descended(before, gradient, RATE))
     close(maml.after(step_size=0.0), descended(before, plain, RATE))
     assert apart(gradient, plain, "") > 1e-2 and apart(gradient, slope(before, rows, first_order=True), "") > 1e-2
@@ -247,11 +254,11 @@ def meta_sgd(compiled):
 def test_rates_are_trained_beside_the_parameters_that_they_move(meta_sgd):
     """Each has a value of its own here."""
 
-    def objective(params):
+    def query_loss(params, support, query):
         model, rates = split(params)
-        return mean_query_loss(model, meta_sgd.rows, rates=rates, num_steps=2, scope=("embedding", "task"))
+        return loss(adapted_to(model, support, rates=rates, num_steps=2, scope=("embedding", "task")), query)
 
-    gradient = jax.jit(jax.grad(objective))(meta_sgd.before)
+    gradient = mean_over_domains(jax.jit(jax.grad(query_loss)), meta_sgd.rows, meta_sgd.before)
     assert set(split(gradient)[1]) == {path for path in split(gradient)[0] if inside(path, ("embedding", "task"))}
     assert all(np.any(array != 0) for array in gradient.values())
     close(meta_sgd.after(), descended(meta_sgd.before, gradient, RATE))
@@ -377,6 +384,15 @@ def test_reptile_goes_towards_the_mean_of_where_training_on_each_domain_ends(opt
 
 # Balancers and penalties
 
+adapted_once = jax.jit(adapted_to)
+
+
+@jax.jit
+def slope_of_tasks(params, batch, weights):
+    return jax.grad(lambda params: sum(weights[task] * value for task, value in task_losses(params, batch).items()))(
+        params
+    )
+
 
 def weights_of_pcgrad(product, squares):
     """Each gradient loses its part along the other one, where they conflict."""
@@ -397,13 +413,11 @@ def test_gradients_of_all_adapted_parameters_are_balanced_and_pulled_back_once(b
     options = BalancingOptions(scope="encoder", head_gradient="plain")
     program = compiled(MAML(2, ETA), seed=100, balancer=balancer, options=options)
     before, rows = program.before, program.rows
-    adapted, pull = jax.vjp(jax.jit(lambda params: [adapted_to(params, support) for support, _ in rows]), before)
+    adapted, pulls = zip(*(jax.vjp(lambda params, s=s: adapted_once(params, s), before) for s, _ in rows), strict=True)
 
     def of_task(task):
-        def mean(adapted):
-            return sum(task_losses(params, query)[task] for params, (_, query) in zip(adapted, rows, strict=True)) / 2
-
-        return jax.jit(jax.grad(mean))(adapted)
+        chosen = {name: float(name == task) / len(rows) for name in ("click", "spend")}
+        return [slope_of_tasks(params, query, chosen) for params, (_, query) in zip(adapted, rows, strict=True)]
 
     one, other = map(of_task, ("click", "spend"))
 
@@ -420,7 +434,8 @@ def test_gradients_of_all_adapted_parameters_are_balanced_and_pulled_back_once(b
         }
         for a, b in zip(one, other, strict=True)
     ]
-    close(program.after(), descended(before, pull(balanced)[0], RATE))
+    pulled = [pull(gradient)[0] for pull, gradient in zip(pulls, balanced, strict=True)]
+    close(program.after(), descended(before, jax.tree.map(jnp.add, *pulled), RATE))
 
 
 def undropped(sharing):

@@ -559,7 +559,7 @@ def test_domain_regularisation_goes_a_share_of_the_way_by_a_helper_and_the_targe
 def test_runs_whose_epochs_differ_in_length_are_those_runs_alone(make_data, make_rows, make_model, arrays_of):
     """Each draws a helper of its own, of 4, 4 or 8 rows in batches of 4: who is done with an epoch waits for the others."""
     strategy = DomainRegularisation(0.5)
-    options = {"epochs": 3, "batch_size": 4, "patience": 0, "adaptation": strategy, "steps_per_call": 2}
+    options = {"epochs": 3, "batch_size": 4, "patience": 0, "adaptation": strategy, "steps_per_call": 3}
     options |= {"source": make_rows(16, 30, domains=3)}
     origin = dict.fromkeys(arrays_of(make_model()), True)
     members = [

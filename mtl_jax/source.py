@@ -64,8 +64,9 @@ def check_transfer(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"{sorted(both)} are source and target; expected different domains. Change one of them")
     if config["target"] is not None and config["training"] != "joint":
         raise ConfigError(f"target with training={config['training']}; expected joint. transfer has stages of its own")
-    if config["target"] is not None and config["folds"] is not None:
-        raise ConfigError("target with folds; expected null. Repeat runs by seeds= of experiments.ablate")
+    if config["folds"] is not None and (config["target"] is not None or adaptation.by_domain):
+        what = f"transfer '{type(adaptation).__name__}'" if config["target"] is None else "target"
+        raise ConfigError(f"{what} with folds; expected null. Repeat runs by seeds= of experiments.ablate")
 
 
 def _check_patterns(node: Mapping[str, Any]) -> None:

@@ -606,6 +606,7 @@ def test_a_mistake_in_loading_is_a_message(copied, compose, shared, options, mes
         (["~loading.new_rows"], "loading is .*; expected a mapping with"),
         (["training=staged"], "target with training=staged; expected joint"),
         (["folds=3"], "target with folds; expected null"),
+        (["folds=3", "target=null", "transfer=mldg"], "transfer 'MLDG' with folds; expected null"),
         (["transfer._target_=mtl_jax.transfer.load"], "transfer"),
         (["trainer.epoch_steps=0"], "trainer.epoch_steps is 0; expected a whole number from 1"),
     ],

@@ -469,7 +469,7 @@ def _for_domains(adaptation: Adaptation, data: TrainingData) -> Adaptation:
     if number < 2:
         raise ConfigError(
             f"transfer '{type(adaptation).__name__}' learns from several domains and the training rows have {number}; "
-            "expected two at least. Set target=[...], or choose other data"
+            "expected two at least. Name more (target=[...]; source=[...] where it is pretraining), or choose other data"
         )
     return adaptation.for_domains(number)
 

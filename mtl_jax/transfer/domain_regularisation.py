@@ -6,6 +6,7 @@ from typing import ClassVar
 import numpy as np
 
 from mtl_jax.balancing.base import register
+from mtl_jax.errors import ConfigError
 from mtl_jax.transfer.domain_negotiation import DomainNegotiation
 
 
@@ -36,5 +37,10 @@ class DomainRegularisation(DomainNegotiation):
     by_domain: ClassVar[bool] = False
 
     def visits(self, target, source, draw):
+        if source is None:
+            raise ConfigError(
+                "transfer 'DomainRegularisation' draws a domain of the source in each epoch, and its rows have none; "
+                "expected data with domains. Name their column (data.domain)"
+            )
         helper = draw.choice(np.unique(source))
         return [len(target) + np.flatnonzero(source == helper), np.arange(len(target))]

@@ -23,7 +23,7 @@ class Reptile(OverDomains):
 
     The distance :math:`\theta - \overline{\theta^K}` takes the place of a gradient: the optimizer says what is made of it.
     ``optimizer=sgd optimizer.learning_rate=1`` with a linear schedule to 0 is the paper's rule. Each step and domain begins
-    with a fresh inner optimizer, and each inner step has rows of its own.
+    with a fresh inner optimizer, and each inner step has rows of its own. Penalties of a sharing strategy have no part.
 
     Attributes:
       num_domains: D, domains of a step; None: all.

@@ -174,3 +174,8 @@ def test_a_step_has_no_more_domains_than_there_are(setup_of):
     assert setup_of(Reptile(num_steps=5)).adaptation.episodes == (3, 5)
     with pytest.raises(ConfigError, match="transfer 'MAML' has no num_domains; expected their number"):
         assert MAML().episodes
+
+
+def test_domain_regularisation_needs_the_domains_of_the_source():
+    with pytest.raises(ConfigError, match="draws a domain of the source in each epoch, and its rows have none"):
+        DomainRegularisation().visits(np.zeros(4, int), None, np.random.default_rng(0))

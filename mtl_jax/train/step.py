@@ -411,14 +411,14 @@ class Step:
             return _Adapted(None, None, inputs, batch)
         batches = None
         if self.by_domain:
-            num_domains, blocks = adaptation.episodes
-            inputs, batch = jax.tree.map(
-                lambda column: (turns := _by_turn(column, num_domains * blocks)).reshape(
-                    num_domains, blocks, *turns.shape[1:]
-                ),
-                (inputs, dict(batch)),
-            )
-            episode = inputs, batch, _keys(key, num_domains * blocks).reshape(num_domains, blocks)
+            shape = tuple(adaptation.episodes)
+
+            def by_block(column):
+                turns = _by_turn(column, math.prod(shape))
+                return turns.reshape(*shape, *turns.shape[1:])
+
+            inputs, batch = jax.tree.map(by_block, (inputs, dict(batch)))
+            episode = inputs, batch, _keys(key, math.prod(shape)).reshape(shape)
             inputs, batch = jax.tree.map(lambda column: column[:, -1], (inputs, batch))
         elif number := adaptation.batches_beside:
             inputs, batch = jax.tree.map(lambda column: _by_turn(column, number + 1), (inputs, dict(batch)))

@@ -57,6 +57,16 @@ def cuts(count: int | np.ndarray, fractions: Sequence[float]) -> list:
     return [np.floor(np.round(count * share, 9)).astype(np.int64) for share in shares]
 
 
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """u64, the same shape: the finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), a bijection of 64-bit numbers.
+
+    It makes hashes of many pairs from hashes of their members: ``mixed(first ^ second)``.
+    """
+    x = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def hash_ranking(keys: Sequence[Hashable], seed: int) -> np.ndarray:
     """Positions of the keys in the order of (key_hash, text)."""
     prefix, blake2b = f"{seed}|", hashlib.blake2b

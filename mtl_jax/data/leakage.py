@@ -7,6 +7,7 @@ import polars as pl
 
 from mtl_jax.data.dataset import PARTS, Dataset
 from mtl_jax.data.encode import appearance_codes
+from mtl_jax.data.hash_order import mixed
 from mtl_jax.data.labels import Label
 from mtl_jax.data.schema import Categorical, Numeric, Schema
 from mtl_jax.errors import LeakageError
@@ -264,7 +265,4 @@ def _out_of_fold_codes(groups: np.ndarray, values: np.ndarray, fold: np.ndarray)
 
 def _row_hashes(rows: np.ndarray) -> np.ndarray:
     """u64[N]: SplitMix64 of row numbers (Steele, Lea, Flood, OOPSLA 2014), the same everywhere."""
-    x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mixed(rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15))

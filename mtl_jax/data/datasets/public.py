@@ -60,6 +60,7 @@ def make(
     split: str,
     split_seed: int,
     split_options: Mapping[str, Any] | None = None,
+    split_name: str | None = None,
 ) -> Dataset:
     """The checked and fitted data set.
 
@@ -75,6 +76,7 @@ def make(
       split: Name of the split.
       split_seed: Of splits that draw.
       split_options: Further parameters of the split.
+      split_name: What to call it, where the recipe makes the parts of split ``given``; ``split`` by default.
 
     Returns:
       A data set whose ``info`` has ``parameters``, ``source``, ``version``, ``files`` (name -> sha256) and what
@@ -90,6 +92,7 @@ def make(
         recipe=recipe,
         seed=split_seed,
         split_options=split_options,
+        split_name=split_name,
         licence=found.licence,
         identity={"tables": fetch.identity(found, tables=table_names), "parameters": dict(parameters)},
         key=key,

@@ -369,13 +369,16 @@ def test_a_task_alone_needs_no_implied_task():
     ("options", "message"),
     [
         ({"name": "complete"}, r"unknown data set 'complete'; expected one of \['complete_journey', 'movielens_1m'"),
-        ({"recipe": "funnel"}, r"unknown recipe 'funnel'; expected one of \['repurchase'\]"),
+        ({"recipe": "funnel"}, r"unknown recipe 'funnel'; expected one of \['repurchase', 'cross_department'\]"),
         ({"tasks": ["ctr"]}, r"unknown task 'ctr'; the schema has \['buy', 'promo'"),
         ({"tasks": ["spend"]}, r"'spend' exists only where 'buy' is 1.*Add buy to data.tasks"),
         ({"tasks": []}, "no tasks"),
         ({"name": "table"}, r"data 'table' has no \['path'\]"),
         ({"split": "rows"}, r"unknown split 'rows'; expected one of \['time'\]"),
-        ({"weeks": 3}, r"unknown parameter of data 'complete_journey' 'weeks'; expected one of .*'merchandise_only'\]"),
+        (
+            {"weeks": 3},
+            r"unknown parameter of data 'complete_journey' 'weeks'; expected one of .*'merchandise_only', 'negatives'",
+        ),
     ],
 )
 def test_unknown_names_are_answered_with_the_known_ones(options, message):

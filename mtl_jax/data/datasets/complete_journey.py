@@ -133,15 +133,14 @@ def _own_options(recipe: str, split: str, **options: Any) -> dict[str, Any]:
                 f"null. Remove data.{name}"
             )
     own = {name: options[name] for name in known}
-    if "negatives" in own and own["negatives"] is None:
+    if own.get("negatives", 0) is None:
         own["negatives"] = NEGATIVES
-    ranges = {
-        "negatives": (lambda value: value >= 1, "a whole number >= 1"),
-        "target_domain": (lambda value: value in TARGETS, f"one of {list(TARGETS)}"),
-        "beta": (lambda value: value is not None and 0 < value < 1, "a number between 0 and 1"),
-    }
-    for name, value in own.items():
-        fits, expected = ranges[name]
-        if not fits(value):
-            raise SchemaError(f"{name} is {value!r} with split '{split}'; expected {expected}. Set data.{name}")
+    checks = (
+        ("negatives", own.get("negatives", 1) >= 1, "a whole number >= 1"),
+        ("target_domain", own.get("target_domain", TARGETS[0]) in TARGETS, f"one of {list(TARGETS)}"),
+        ("beta", "beta" not in own or 0 < (own["beta"] or 0) < 1, "a number between 0 and 1"),
+    )
+    for name, fits, expected in checks:
+        if not fits:
+            raise SchemaError(f"{name} is {own[name]!r} with split '{split}'; expected {expected}. Set data.{name}")
     return own

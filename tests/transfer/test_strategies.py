@@ -389,7 +389,7 @@ def test_runs_with_other_numbers_side_by_side_are_those_runs_alone(
 ):
     assert structure(one) == structure(other)
     members = [member_of(strategy, optimizer=Optimizer(learning_rate=0.01)) for strategy in (one, other)]
-    options = RUN | {"adaptation": one, "source": make_rows(17, 30)}
+    options = RUN | {"adaptation": one, "source": make_rows(17, 30, domains=2)}
     data = make_data(domains=2)
     together, alone = (dict(fit_many(members, data, axis=axis, **options)) for axis in ("vmap", "map"))
     for number in (0, 1):

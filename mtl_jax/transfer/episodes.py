@@ -1,11 +1,13 @@
 """What methods have in common that learn over domains: steps of several domains, and what a step of them moves."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
+from jaxtyping import Array, Float
 
-from mtl_jax.arguments import check_count
+from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
@@ -53,6 +55,38 @@ class OverDomains(Adaptation):
     def adapt(self, params, kept, loss, batches):
         """The initial values that were learned are what is deployed."""
         return of_model(params)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class FromSupport(OverDomains):
+    """Base of methods that adapt parameters to a domain on support rows and are trained on its query rows.
+
+    Attributes:
+      step_size: Of an inner step, >= 0.
+      num_steps: Inner steps, all on the same support rows.
+      scope: Labels that they move, of ``embedding``, ``shared`` and ``task``.
+    """
+
+    blocks: ClassVar[int] = 2
+
+    step_size: float = 0.01
+    num_steps: int = dataclasses.field(default=1, metadata={"static": True})
+    scope: tuple[str, ...] = dataclasses.field(default=KINDS, metadata={"static": True})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number(self.step_size, "transfer.step_size", least=0)
+        check_count(self.num_steps, "transfer.num_steps")
+        object.__setattr__(self, "scope", tuple(self.scope))
+        check_scope(self.scope)
+
+    def adapt_to_domains(self, params, kept, loss, rows):
+        return jax.vmap(lambda rows: self.adapted(params, lambda model: loss(model, block(rows, 0))))(rows)
+
+    def adapted(self, params: Params, loss: Callable[[Params], Float[Array, ""]]) -> Params:
+        """The model's parameters from those that are trained and the loss on a domain's support rows; differentiable."""
+        raise NotImplementedError
 
 
 def of_model(params: Params) -> Params:

@@ -1,19 +1,16 @@
 """iMAML: initial values near which the minimum on a domain serves that domain."""
 
 import dataclasses
-from typing import ClassVar
-
-import jax
 
 from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
-from mtl_jax.transfer.episodes import KINDS, OverDomains, block, check_scope, in_scope, of_model
+from mtl_jax.transfer.episodes import FromSupport, in_scope, of_model
 from mtl_jax.transfer.gradient import implicit_update
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class IMAML(OverDomains):
+class IMAML(FromSupport):
     r"""Meta-learning through the minimum of the inner problem, whatever steps led there.
 
     .. math::
@@ -35,34 +32,22 @@ class IMAML(OverDomains):
       Rajeswaran, Finn, Kakade, Levine, *Meta-Learning with Implicit Gradients*, NeurIPS 2019.
     """
 
-    blocks: ClassVar[int] = 2
-
-    step_size: float = 0.01
     num_steps: int = dataclasses.field(default=16, metadata={"static": True})
     proximal: float = 1.0
     num_cg_steps: int = dataclasses.field(default=5, metadata={"static": True})
-    scope: tuple[str, ...] = dataclasses.field(default=KINDS, metadata={"static": True})
 
     def __post_init__(self):
         super().__post_init__()
-        check_number(self.step_size, "transfer.step_size", least=0)
         check_number(self.proximal, "transfer.proximal", above=0)
-        check_count(self.num_steps, "transfer.num_steps")
         check_count(self.num_cg_steps, "transfer.num_cg_steps")
-        object.__setattr__(self, "scope", tuple(self.scope))
-        check_scope(self.scope)
 
-    def adapt_to_domains(self, params, kept, loss, rows):
-        def adapted(rows):
-            support = block(rows, 0)
-            fit = implicit_update(
-                lambda moved: loss(moved, support),
-                step_size=self.step_size,
-                num_steps=self.num_steps,
-                proximal=self.proximal,
-                num_cg_steps=self.num_cg_steps,
-                mask=in_scope(of_model(params), self.scope),
-            )
-            return fit(of_model(params))
-
-        return jax.vmap(adapted)(rows)
+    def adapted(self, params, loss):
+        fit = implicit_update(
+            loss,
+            step_size=self.step_size,
+            num_steps=self.num_steps,
+            proximal=self.proximal,
+            num_cg_steps=self.num_cg_steps,
+            mask=in_scope(of_model(params), self.scope),
+        )
+        return fit(of_model(params))

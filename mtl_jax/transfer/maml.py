@@ -1,19 +1,15 @@
 """MAML: initial values from which a few gradient steps on a domain serve that domain."""
 
 import dataclasses
-from typing import ClassVar
 
-import jax
-
-from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
-from mtl_jax.transfer.episodes import KINDS, OverDomains, block, check_scope, in_scope, of_model
+from mtl_jax.transfer.episodes import FromSupport, in_scope, of_model
 from mtl_jax.transfer.gradient import gradient_update
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MAML(OverDomains):
+class MAML(FromSupport):
     r"""Model-agnostic meta-learning over domains.
 
     .. math::
@@ -41,30 +37,14 @@ class MAML(OverDomains):
       Bengio, Vinyals, *Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML*, ICLR 2020.
     """
 
-    blocks: ClassVar[int] = 2
-
-    step_size: float = 0.01
-    num_steps: int = dataclasses.field(default=1, metadata={"static": True})
-    scope: tuple[str, ...] = dataclasses.field(default=KINDS, metadata={"static": True})
     first_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_number(self.step_size, "transfer.step_size", least=0)
-        check_count(self.num_steps, "transfer.num_steps")
-        object.__setattr__(self, "scope", tuple(self.scope))
-        check_scope(self.scope)
-
-    def adapt_to_domains(self, params, kept, loss, rows):
-        def adapted(rows):
-            support = block(rows, 0)
-            update = gradient_update(
-                lambda moved: loss(moved, support),
-                step_size=self.step_size,
-                num_steps=self.num_steps,
-                mask=in_scope(of_model(params), self.scope),
-                first_order=self.first_order,
-            )
-            return update(of_model(params))
-
-        return jax.vmap(adapted)(rows)
+    def adapted(self, params, loss):
+        update = gradient_update(
+            loss,
+            step_size=self.step_size,
+            num_steps=self.num_steps,
+            mask=in_scope(of_model(params), self.scope),
+            first_order=self.first_order,
+        )
+        return update(of_model(params))

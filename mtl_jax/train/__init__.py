@@ -12,6 +12,7 @@ from mtl_jax.train.parallel import compile_step
 from mtl_jax.train.progress import Bar, Observer, Quiet
 from mtl_jax.train.result import Result
 from mtl_jax.train.samo import samo
+from mtl_jax.train.schedule import SlantedTriangular
 from mtl_jax.train.setup import Member
 from mtl_jax.train.state import TrainState
 from mtl_jax.train.step import Step, Sums
@@ -26,6 +27,7 @@ __all__ = [
     "Optimizer",
     "Quiet",
     "Result",
+    "SlantedTriangular",
     "Step",
     "Sums",
     "TrainState",

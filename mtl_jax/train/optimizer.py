@@ -27,8 +27,9 @@ class Optimizer:
     Attributes:
       transform: An optax transform without learning rate, like ``optax.scale_by_adam()``. For tables updated by rows it
         must work row by row (as the ``scale_by_*`` transforms do).
-      learning_rate: A number > 0 or an optax schedule of the step; or one by label (``embedding``, ``shared``, ``task``,
-        ``aux``, or one task's ``task/<name>``), with ``default`` for labels that are not named.
+      learning_rate: A number > 0 or a schedule of the step, of optax or :class:`SlantedTriangular`; or one by label
+        (``embedding``, ``shared``, ``task``, ``aux``, or one task's ``task/<name>``), with ``default`` for labels that
+        are not named.
       weight_decay: Decoupled decay (Loshchilov and Hutter, ICLR 2019): a number for all labels, or one by label kind
         (``embedding``, ``shared``, ``task``, ``aux``; what is not named has none). In tables updated by rows only
         touched rows decay.

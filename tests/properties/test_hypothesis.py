@@ -361,7 +361,7 @@ def test_any_schema_fits_or_is_refused(count):
 GROUPS = {
     "sharing": ["mmoe", "shared_bottom", "single_task"],
     "balancing": ["equal", "pcgrad", "uncertainty"],
-    "optimizer": ["adam", "adagrad", "sgd", "adam_cosine"],
+    "optimizer": ["adam", "adagrad", "sgd", "adam_cosine", "adam_slanted"],
     "parallel": ["jit"],
 }
 QUICK = [

@@ -8,7 +8,7 @@ import pytest
 
 from mtl_jax.errors import ConfigError
 from mtl_jax.sharing import PLE, MMoE, ResFlow, SharedBottom
-from mtl_jax.train import Optimizer
+from mtl_jax.train import Optimizer, SlantedTriangular
 from mtl_jax.transfer import BitFit, DiscriminativeLR, FineTune, LinearProbe
 from mtl_jax.transfer.discriminative_lr import groups
 
@@ -106,6 +106,30 @@ def test_updates_under_adam_are_scaled_exactly(way, make_model, make_step, make_
         expected = found[FineTune][path] / 2.6**depth
         np.testing.assert_allclose(found[DiscriminativeLR][path], expected, atol=1.5e-7, err_msg=path)
         assert np.any(np.abs(expected) > 3e-4), path
+
+
+def test_under_a_schedule_a_group_moves_by_its_factor_of_the_top_groups_step(make_model, make_step):
+    """All arrays have one gradient, another in every step: while the rate rises, falls, and after its end."""
+    schedule = SlantedTriangular(0.01, 10, cut_frac=0.3)
+    step, state = make_step(make_model(), DiscriminativeLR(2.6), optimizer=Optimizer(learning_rate=schedule))
+    paths = [*state.params, *state.tables]
+    params = {path: jnp.zeros(3) for path in paths}
+    together, alone = step.optimizer.dense(), {path: step.optimizer.rows(path) for path in paths}
+    states = together.init(params), {path: one.init(params[path]) for path, one in alone.items()}
+    plain = optax.scale_by_adam()
+    state_of_plain = plain.init(jnp.zeros(3))
+    for number in range(13):
+        gradient = jnp.asarray(np.random.default_rng(number).normal(size=3), jnp.float32)
+        dense, first = together.update(dict.fromkeys(paths, gradient), states[0], params)
+        rows = {path: one.update(gradient, states[1][path], params[path]) for path, one in alone.items()}
+        states = first, {path: own for path, (_, own) in rows.items()}
+        direction, state_of_plain = plain.update(gradient, state_of_plain)
+        top = dense["task/click/tower/head/kernel"]
+        np.testing.assert_allclose(top, -schedule(number) * direction, rtol=1e-6)
+        for path, depth in groups(params).items():
+            np.testing.assert_array_equal(dense[path], 2.6**-depth * top, err_msg=path)
+            np.testing.assert_allclose(rows[path][0], dense[path], rtol=3e-7, err_msg=path)
+    assert sorted(set(groups(params).values())) == [0, 1, 2, 3]
 
 
 def test_factors_of_rates_are_powers_of_xi(make_model, make_step):

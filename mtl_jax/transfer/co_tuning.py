@@ -11,11 +11,9 @@ from jaxtyping import Array, Float
 from mtl_jax.arguments import check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
-from mtl_jax.model import is_table, label
 from mtl_jax.tasks import Task
 from mtl_jax.train.adaptation import Adaptation, is_zero, mean_over_rows
 from mtl_jax.transfer.fine_tune import FineTune
-from mtl_jax.transfer.kernels import of_tasks
 from mtl_jax.transfer.lwf import deployed, of_source, with_copies
 
 RELATION = "relation"
@@ -63,13 +61,7 @@ class CoTuning(Adaptation):
         return FineTune() if is_zero(self.weight) else self
 
     def init(self, params, origin, key):
-        own = [path for path in params if of_tasks(path) and not is_table(path)]
-        if new := sorted({label(path).removeprefix("task/") for path in own if not origin.get(path, False)}):
-            raise ConfigError(
-                f"transfer 'CoTuning' asks towers of the source, and those of {new} did not come from there; expected "
-                "towers of the source for all tasks. Leave the tasks out (data.tasks), or choose another transfer"
-            )
-        return with_copies(params), {}
+        return with_copies(params, origin, "CoTuning"), {}
 
     def check_labels(self, tasks, labels, counted):
         found = {task.name: np.unique(labels[task.name][counted[task.name]]).astype(int) for task in tasks}

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from mtl_jax.arguments import check_number
 from mtl_jax.balancing.base import register
-from mtl_jax.model import COPY
-from mtl_jax.train.adaptation import TEACHER, Adaptation, Params, is_zero, mean_over_rows
+from mtl_jax.errors import ConfigError
+from mtl_jax.model import COPY, is_table, label
+from mtl_jax.train.adaptation import TEACHER, Adaptation, Origin, Params, is_zero, mean_over_rows
 from mtl_jax.transfer.distill import distance
 from mtl_jax.transfer.fine_tune import FineTune
 from mtl_jax.transfer.kernels import of_tasks
@@ -33,7 +34,8 @@ class LwF(Adaptation):
         does not fall with T.
 
     Raises:
-      ConfigError: By ``penalty``, for a task of a kind without such a distance.
+      ConfigError: By ``init``, where a task's tower did not come from the source; by ``penalty``, for a task of a kind
+        without such a distance.
 
     References:
       Li, Hoiem, *Learning without Forgetting*, ECCV 2016.
@@ -55,7 +57,7 @@ class LwF(Adaptation):
         return FineTune() if is_zero(self.weight) else self
 
     def init(self, params, origin, key):
-        return with_copies(params), {TEACHER: {path: jnp.copy(array) for path, array in params.items()}}
+        return with_copies(params, origin, "LwF"), {TEACHER: {path: jnp.copy(array) for path, array in params.items()}}
 
     def adapt(self, params, kept, loss, batches):
         return deployed(params)
@@ -68,8 +70,18 @@ class LwF(Adaptation):
         return scale * sum(mean_over_rows(rows, view.weight) for rows in distances)
 
 
-def with_copies(params: Params) -> Params:
-    """The parameters with copies of the tasks' own ones beside them."""
+def with_copies(params: Params, origin: Origin, transfer: str) -> Params:
+    """The parameters with copies of the tasks' own ones beside them.
+
+    Raises:
+      ConfigError: A task's own parameters did not all come from a source; the message names the transfer.
+    """
+    own = [path for path in params if of_tasks(path) and not is_table(path)]
+    if new := sorted({label(path).removeprefix("task/") for path in own if not origin.get(path, False)}):
+        raise ConfigError(
+            f"transfer '{transfer}' asks towers of the source, and those of {new} did not come from there; expected "
+            "towers of the source for all tasks. Leave the tasks out (data.tasks), or choose another transfer"
+        )
     return params | {f"{COPY}/{path}": jnp.copy(array) for path, array in params.items() if of_tasks(path)}
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from mtl_jax.train import Optimizer
+from mtl_jax.errors import ConfigError
+from mtl_jax.train import Optimizer, fit
 from mtl_jax.transfer import FineTune, LwF
 
 OLD = "aux/copy/"
@@ -47,3 +48,11 @@ def test_without_the_factor_the_term_is_smaller_by_the_squared_temperature(
     one, other = (updates(make_model, make_step, make_batch, strategy, steps=2) for strategy in (papers, same))
     for path, array in one.items():
         np.testing.assert_allclose(other[path], array, rtol=1e-5, atol=1e-7)
+
+
+def test_towers_have_to_come_from_the_source(make_model, make_data, arrays_of):
+    """Their copies would hold initial values in place."""
+    model = make_model()
+    origin = {path: not path.startswith("task/spend") for path in arrays_of(model)}
+    with pytest.raises(ConfigError, match=r"'LwF' asks towers of the source, and those of \['spend'\] did not come"):
+        fit(model, make_data(), adaptation=LwF(), origin=origin, epochs=1, batch_size=11)

@@ -4,9 +4,12 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
+from yaml import YAMLError
 
 from mtl_jax.data import load
 from mtl_jax.data.cache import Cache, default_cache_dir
@@ -19,7 +22,12 @@ from mtl_jax.errors import ConfigError, MtlJaxError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status, 0 or 1, and 2 for arguments that make no sense."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and (not hasattr(options, "values") or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # argparse looks for these before the first flag only
+        options.values += more
     try:
         options.run(options)
     except MtlJaxError as error:
@@ -63,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     describing = command("describe", _describe, "show rows, positives and domains of the parts of a data set", [one])
     describing.add_argument("--recipe", help="how the table is built; default: the data set's first")
     describing.add_argument("--split", help="how it is split; default: the recipe's")
+    describing.add_argument(
+        "values",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="options of the data set as conf/data has them: target_domain=drug_gm, num_rows=300",
+    )
     return parser
 
 
@@ -117,12 +131,40 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
-    chosen = {key: value for key in ("recipe", "split") if (value := getattr(options, key)) is not None}
-    dataset = load(options.name, cache_dir=options.cache_dir, **chosen)
+    flags = {key: value for key in ("recipe", "split") if (value := getattr(options, key)) is not None}
+    chosen = _values(
+        options.values, taken={"name": "NAME", "cache_dir": "--cache-dir", **{key: f"--{key}" for key in flags}}
+    )
+    dataset = load(options.name, cache_dir=options.cache_dir, **flags, **chosen)
     print(f"{dataset.name}, recipe {dataset.recipe}, split {dataset.info['split']}, identity {dataset.identity}")
     for title, value in dataset.summary().items():
         if value:
             Console().print(_table(title, value))
+
+
+def _values(words: Sequence[str], taken: Mapping[str, str]) -> dict[str, Any]:
+    """Key -> value of words like ``beta=0.2``, read as YAML; whether the data set has such keys is its own to check.
+
+    Args:
+      words: As on the command line.
+      taken: Key -> the argument that says it already.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(f"'{word}' is no option; expected KEY=VALUE, like target_domain=drug_gm. Change it")
+        if key in found or key in taken:
+            raise ConfigError(
+                f"'{key}' is said twice; expected it once, by {taken.get(key, f'{key}=...')}. Leave one out"
+            )
+        try:
+            found |= OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+        except YAMLError:
+            raise ConfigError(
+                f"{key} is '{text}', which is no YAML; expected a value like 3, text or [a, b]. Change it"
+            ) from None
+    return found
 
 
 def _table(title: str, facts: Mapping) -> Table:

@@ -164,3 +164,50 @@ def test_describe_shows_rows_positives_and_domains_of_the_real_data(capsys, monk
     # Rows and buyers of the three dates, and one domain.
     for figure in ("194,922", "203,423", "212,732", "46,131", "49,467", "49,725", "100,061"):
         assert figure in out
+
+
+SMALL = ["num_rows=90", "dim=3"]
+COLD = ["recipe=cross_department", "split=cold_start"]
+
+
+def test_describe_takes_options_of_the_data_set(run):
+    """Before and after its flags, as YAML: numbers, text and lists."""
+    status, out, _ = run("describe", "synthetic", *SMALL, "--split", "rows", "recipe=kinds", "tasks=[click, rating]")
+    assert status == 0 and "recipe kinds, split rows" in out
+    assert "click" in out and "rating" in out and "spend" not in out
+    identities = [run("describe", "synthetic", *SMALL, f"p={p}")[1].split("identity ")[1][:64] for p in (0.5, 0.5, 0.9)]
+    assert identities[0] == identities[1] != identities[2]
+    assert run("describe", "synthetic", "num_rows=9e1", "dim=3")[0] == 1, "a whole number"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["synthetic", "rows=3"], "SchemaError: unknown parameter of data 'synthetic' 'rows'; expected one of ["),
+        (["synthetic", *SMALL, "p=2"], "ConfigError: p is 2"),
+        (["synthetic", *SMALL, "p=text"], "ConfigError: data.p is 'text'; expected"),
+        (["complete_journey", "beta=0.2"], "SchemaError: beta is 0.2 with recipe 'repurchase'"),
+        (["complete_journey", *COLD, "target_domain=moon", "beta=.2"], "SchemaError: target_domain is 'moon' with"),
+        (["synthetic", "90"], "ConfigError: '90' is no option; expected KEY=VALUE"),
+        (["synthetic", "num_rows=90", "num_rows=91"], "ConfigError: 'num_rows' is said twice; expected it once, by"),
+        (
+            ["synthetic", "--recipe", "kinds", "recipe=kinds"],
+            "ConfigError: 'recipe' is said twice; expected it once, by --",
+        ),
+        (["synthetic", "cache_dir=."], "ConfigError: 'cache_dir' is said twice"),
+        (["synthetic", "p=[1"], "ConfigError: p is '[1', which is no YAML"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_options_that_a_data_set_cannot_have_are_answered_in_one_line(run, arguments, text):
+    status, out, err = run("describe", *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith(text)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["list", "p=1"], ["describe", "synthetic", "--colour", "red"]], ids=" ".join)
+def test_arguments_that_no_command_has_are_refused(run, capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from mtl_jax.config import build, plain
 from mtl_jax.errors import ConfigError, Interrupted
 from mtl_jax.report import statistics
 from mtl_jax.report.folder import RunFolder, config_hash, run_id
+from mtl_jax.report.record import data_text
 from mtl_jax.report.statistics import LEVEL
 from mtl_jax.run import PLAIN_WIDTH, run
 from mtl_jax.run_config import COMMAND_KEYS, check_config
@@ -145,7 +146,7 @@ def over_folds(values: Sequence[float | None]) -> dict[str, Any]:
 def print_summary(summary: Mapping[str, Any], console: Console, *, folder: Path) -> None:
     """The table of a cross-validation, and how far it can be trusted."""
     method, data, count = summary["method"], summary["data"], len(summary["folds"])
-    title = f"{method['sharing']} + {method['balancing']} on {data['name']}, {count} folds of train and valid"
+    title = f"{method['sharing']} + {method['balancing']} on {data_text(data)}, {count} folds of train and valid"
     console.print(Text(f"{title} (the test part is unopened)", style="bold"), soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("task", "metric"):

@@ -13,6 +13,7 @@ from mtl_jax.report import curves, figures, sweep
 from mtl_jax.report.ablation import Ablation
 from mtl_jax.report.drawing import Mark, marks
 from mtl_jax.report.pareto import pareto
+from mtl_jax.report.record import data_text
 from mtl_jax.report.rows import Comparison
 from mtl_jax.report.tables import LEGEND, Cell, Grid, spanning, tables
 
@@ -241,7 +242,7 @@ def _provenance(ablation: Ablation) -> str:
         "precision": _distinct(record["precision"] for record in records),
         **{name: _distinct(found) for name, found in versions.items()},
         "data": _distinct(
-            f"{r['data']['name']}, split {r['data']['split']}, sha256 {r['data']['sha256']}" for r in records
+            f"{data_text(r['data'])}, split {r['data']['split']}, sha256 {r['data']['sha256']}" for r in records
         ),
     }
     items = "".join(f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in facts.items())

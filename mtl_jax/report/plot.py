@@ -11,7 +11,7 @@ import polars as pl
 
 from mtl_jax.report.compare import baseline_value, gain_over, reported_part, shown_baselines, task_value
 from mtl_jax.report.folder import HISTORY_SCHEMA, write_atomically
-from mtl_jax.report.record import domains_text, method_text
+from mtl_jax.report.record import data_text, domains_text, method_text
 
 Record = Mapping[str, Any]
 # Blue and orange of Okabe and Ito for what was trained, greys for what was not: also told apart in black and white.
@@ -185,8 +185,7 @@ def _mark_selected(panel, record: Record, curve: pl.DataFrame) -> None:
 
 def _title(record: Record) -> str:
     method, data = record["method"], record["data"]
-    name = data["name"] if data["recipe"] in (None, data["name"]) else f"{data['name']} ({data['recipe']})"
-    setting = f"{method_text(method)} on {name}{domains_text(record)}"
+    setting = f"{method_text(method)} on {data_text(data)}{domains_text(record)}"
     return f"{setting}, split {data['split']}, seed {record['seed']} (one seed: no interval)"
 
 

@@ -224,6 +224,15 @@ def method_text(method: Mapping[str, str | None]) -> str:
     return " + ".join(method.get(group) or "?" for group in groups if group not in optional or method.get(group))
 
 
+def data_text(data: Mapping[str, Any]) -> str:
+    """Data set and recipe, as in ``complete_journey (cross_department)``, for ``data`` of a record.
+
+    A recipe that has the name of the data set, or none, is left out.
+    """
+    name, recipe = data["name"] or "?", data.get("recipe")
+    return name if recipe in (None, name) else f"{name} ({recipe})"
+
+
 def domains_text(record: Mapping[str, Any]) -> str:
     """Where a run with a target goes from and to, as in ``, grocery to drug_gm``; empty for one without."""
 

@@ -21,7 +21,7 @@ from mtl_jax.report.compare import (
     shown_baselines,
     task_value,
 )
-from mtl_jax.report.record import domains_text, method_text
+from mtl_jax.report.record import data_text, domains_text, method_text
 
 Record = Mapping[str, Any]
 WITH_POSITIVES = ("binary", "multilabel", "zero_inflated")
@@ -44,7 +44,7 @@ def result_table(record: Record, *, reference: Record | None = None) -> Table:
     """
     part = reported_part(record)
     method = record["method"]
-    title = f"{method_text(method)} on {record['data']['name'] or '?'}{domains_text(record)}, "
+    title = f"{method_text(method)} on {data_text(record['data'])}{domains_text(record)}, "
     title += f"{part} part" if part else "nothing evaluated"
     if part == "valid":
         title += " (the test part is unopened)"

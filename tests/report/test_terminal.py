@@ -41,6 +41,21 @@ def test_every_task_stands_beside_what_it_has_to_beat(printed, record, reference
     assert "outputs/runs/x" in text
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("repurchase", " (repurchase)"),
+        ("cross_department", " (cross_department)"),
+        ("complete_journey", ""),
+        (None, ""),
+    ],
+)
+def test_the_title_says_data_set_and_recipe(printed, record, recipe, said):
+    """Recipes of one data set have other rows and tasks. A recipe without a name of its own is not repeated."""
+    record["data"]["recipe"] = recipe
+    assert f" on complete_journey{said}, test part" in printed(record)
+
+
 def test_below_baseline_is_marked_in_the_row_itself(printed, record):
     text = printed(record)
     assert "below baseline" in row(text, "coupon")[1]

@@ -13,6 +13,7 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.job import Shared, name_of
 from mtl_jax.report.comparison import changes_data
 from mtl_jax.run_config import KEYS, MAX_SEED, build_parts, check_config
+from mtl_jax.source import in_order
 from mtl_jax.train.vectorize import check_axis
 
 OWN_KEYS = ("seeds", "axis", "vectorize", "retry", "keep_checkpoints")
@@ -62,7 +63,7 @@ def runs_of(arm: Mapping[str, Any]) -> list[Planned]:
             for key, value in values.items():
                 _put(config, key, value)
             check_config(config)
-            planned.append(Planned(config, values))
+            planned.append(Planned(in_order(config), values))
     return planned
 
 

@@ -19,6 +19,7 @@ from mtl_jax.report.gates import plot_gates
 from mtl_jax.report.plot import plot_run
 from mtl_jax.report.terminal import print_result
 from mtl_jax.run_config import COMMAND_KEYS, build_model, build_parts, check_config
+from mtl_jax.source import in_order
 from mtl_jax.summary import print_summary
 
 PLAIN_WIDTH = 110
@@ -57,6 +58,7 @@ def run(
     config = {key: value for key, value in plain(config).items() if key not in COMMAND_KEYS}
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     check_config(config)
+    config = in_order(config)
     if config["folds"] is not None:
         raise ConfigError(f"folds is {config['folds']} in one run; expected null. Use mtl_jax.cross_validate for folds")
     parts = build_parts(config) | {"should_stop": should_stop}

@@ -30,6 +30,16 @@ def domains_of(given: Any) -> list[str]:
     return [] if given is None else [given] if isinstance(given, str) else list(given)
 
 
+def in_order(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with lists of domains sorted where their order means nothing, so that a run has one name.
+
+    Rows of several domains are told by the numbers that the whole data set gives them. Several sources are an exception
+    unless they are taken together: ``select`` draws one by its place, and takes the first of equals.
+    """
+    keys = ("target", "source") if config["select"] == "given" else ("target",)
+    return dict(config) | {key: sorted(config[key]) for key in keys if isinstance(config[key], list)}
+
+
 def check_transfer(config: Mapping[str, Any]) -> None:
     """Raises a ConfigError for a source, a target or a way of loading that no run can have."""
     for key in ("source", "target"):

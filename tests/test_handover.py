@@ -24,7 +24,7 @@ from mtl_jax.report.folder import LEDGER, RunFolder
 from mtl_jax.report.record import validate
 from mtl_jax.run import run
 from mtl_jax.run_config import build_model, check_config
-from mtl_jax.source import check_transfer, source_config
+from mtl_jax.source import check_transfer, in_order, source_config
 from mtl_jax.train.state import Functional
 from mtl_jax.transfer import Artefact
 
@@ -302,6 +302,37 @@ def test_the_name_of_a_run_changes_with_transfer_source_and_target(compose, shar
     names = [name(*overrides) for overrides in different]
     assert len(set(names)) == len(names)
     assert names == [name(*overrides) for overrides in different]
+
+
+def test_the_order_of_domains_makes_no_other_run(compose, tmp_path):
+    """Two orders of a list of targets are one run, whose rows and numbers of domains are those of the whole data set."""
+    options = ("source=null", "transfer=mamdr_dn", "trainer.epochs=1", "seed=3")
+    said = []
+    for target in ("[west,south]", "[south,west]"):
+        console = Console(file=io.StringIO(), width=200)
+        record = run(compose(*options, f"target={target}", output_dir=str(tmp_path)), console=console)
+        said.append(console.file.getvalue())
+    assert ["nothing to train" in text for text in said] == [False, True]
+    assert record["config"]["target"] == ["south", "west"] and " south + west," in said[0]
+    assert len(list((tmp_path / "train").glob("*/result.json"))) == 1
+    one, other = (Shared().dataset(compose(f"target=[{names}]")) for names in ("west,south", "south,west"))
+    assert one.identity == other.identity and one.schema == other.schema
+    np.testing.assert_array_equal(one.part("train")["area"], other.part("train")["area"])
+    with pytest.raises(ConfigError, match=r"are the same runs; expected runs that differ"):
+        arm = compose("+axis.target=[[west,south],[south,west]]", "source=north", name="ablate")
+        plan_of([("fine_tune", "table", arm)], Shared())
+
+
+def test_the_order_of_sources_means_something_where_one_of_them_is_chosen(compose):
+    """By its place, or as the first of equals."""
+    for select, expected in (
+        ("given", ["east", "north"]),
+        ("random", ["north", "east"]),
+        ("largest", ["north", "east"]),
+    ):
+        config = compose("source=[north,east]", f"select={select}")
+        assert in_order(config) == config | {"source": expected}
+    assert in_order(compose("source=null")) == compose("source=null")
 
 
 def test_the_run_of_a_source_is_the_same_for_all_that_take_over_from_it(compose, shared):

@@ -1,5 +1,6 @@
 """Adaptation: what training owes to a source. The base owes nothing but the initial values: plain (fine-)tuning."""
 
+import dataclasses
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -11,16 +12,36 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.tasks import Task
+from mtl_jax.train.parallel import total
 
 TEACHER = "teacher"
 """Name under which an adaptation keeps the parameters of a model that it compares with."""
 Params = dict[str, Array]
-SourceLoss = Callable[[Params, PyTree], Float[Array, ""]]
-"""(parameters of the model, one batch of the source) -> the sum of its tasks' losses."""
 AddUp = Callable[[Callable[["View"], PyTree]], PyTree]
 """(function of a view) -> the sum of what it makes of each batch."""
 Origin = Mapping[str, Any]
 """Path -> True, or bool[V] for a table's rows: what came from a source. Absent paths did not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsLoss:
+    """The sum of the tasks' losses on some rows: ``(parameters of the model, rows) -> scalar``.
+
+    Attributes:
+      function: That.
+      axis: Named axis of devices, over which it is a total: what is differentiated of it is then to be averaged (see
+        :func:`mtl_jax.train.parallel.mean`). None: there is none.
+    """
+
+    function: Callable[..., Float[Array, ""]]
+    axis: str | None = None
+
+    def __call__(self, params: Params, *rows: PyTree) -> Float[Array, ""]:
+        return self.function(params, *rows)
+
+    def on(self, rows: PyTree) -> "RowsLoss":
+        """The same as a function of the parameters alone."""
+        return RowsLoss(lambda params: self.function(params, rows), self.axis)
 
 
 class Kept(NamedTuple):
@@ -62,6 +83,7 @@ class View(NamedTuple):
         ``units`` f32[feature]; in a study the losses of its batches add up to that of all of its rows.
       source_loss: The source's loss on one of ``batches``, as for :meth:`Adaptation.adapt`.
       batches: Of the source; None where the adaptation reads none.
+      axis: Named axis of devices, each of which sees a part of the rows, while the penalty is that of all; or None.
     """
 
     tasks: Sequence[Task]
@@ -71,8 +93,9 @@ class View(NamedTuple):
     outputs: Callable[..., dict[str, Float[Array, "batch *out"]]]
     features: Callable[..., Float[Array, "batch feature"]]
     loss: Callable[..., Float[Array, ""]]
-    source_loss: SourceLoss
+    source_loss: RowsLoss
     batches: PyTree
+    axis: str | None = None
 
 
 class Adaptation:
@@ -237,17 +260,24 @@ class Adaptation:
         """
         raise NotImplementedError
 
-    def adapt(self, params: Params, kept: dict[str, Params], loss: SourceLoss, batches: PyTree) -> Params:
-        """The model's parameters from those that are trained; differentiable. ``batches`` lead with an axis of them."""
+    def adapt(self, params: Params, kept: dict[str, Params], loss: RowsLoss, batches: PyTree) -> Params:
+        """The model's parameters from those that are trained; differentiable.
+
+        Args:
+          params: What is trained.
+          kept: As from ``init``.
+          loss: Of the source, on one of the batches.
+          batches: They lead with an axis of them.
+        """
         return params
 
-    def adapt_to_domains(self, params: Params, kept: dict[str, Params], loss: SourceLoss, rows: PyTree) -> Params:
+    def adapt_to_domains(self, params: Params, kept: dict[str, Params], loss: RowsLoss, rows: PyTree) -> Params:
         """The model's parameters for each domain of a step, along a leading axis; differentiable.
 
         Args:
           params: What is trained.
           kept: As from ``init``.
-          loss: (parameters of the model, rows) -> the sum of the tasks' losses.
+          loss: On one block of rows.
           rows: Of the step, with the leading axes of ``episodes``: domains and blocks.
         """
         raise NotImplementedError
@@ -271,10 +301,13 @@ def structure(adaptation: Adaptation) -> Any:
     return jax.tree.structure(adaptation)
 
 
-def mean_over_rows(values: Float[Array, " batch"], weight: Float[Array, " batch"]) -> Float[Array, ""]:
-    """Mean over the rows of weight > 0; 0 where there is none."""
+def mean_over_rows(
+    values: Float[Array, " batch"], weight: Float[Array, " batch"], axis: str | None = None
+) -> Float[Array, ""]:
+    """Mean over the rows of weight > 0, of all devices of a named axis; 0 where there is none."""
     counted = weight > 0
-    return jnp.sum(jnp.where(counted, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
+    summed, number = total((jnp.sum(jnp.where(counted, values, 0)), jnp.sum(counted)), axis)
+    return summed / jnp.maximum(number, 1)
 
 
 def is_zero(*coefficients: Any) -> bool:

@@ -116,3 +116,13 @@ def compile_step(
 def total(tree: PyTree, axis: str | None) -> PyTree:
     """The sum over devices, inside a program that one device runs (``pmap``); the tree itself elsewhere."""
     return tree if axis is None else jax.lax.psum(tree, axis)
+
+
+def mean(tree: PyTree, axis: str | None) -> PyTree:
+    """The mean over devices, inside a program that one device runs (``pmap``); the tree itself elsewhere.
+
+    Of derivatives, where a function has totals over devices inside, and so one value on all of them: each device then
+    differentiates the sum of what all devices have by its own copy of the arguments, and the mean is the derivative by the
+    arguments that they are copies of. That holds of derivatives within functions that are differentiated themselves, too.
+    """
+    return tree if axis is None else jax.lax.pmean(tree, axis)

@@ -316,7 +316,7 @@ class Setup:
             batches=self._deployment(member),
         )
         if member.adaptation is not None:  # in the first stage for all: a later one must not fail after it
-            check_adaptation(self.adaptation, step.functional, self.devices.axis)
+            check_adaptation(self.adaptation, step.functional)
         self.patience_after(0, state)  # refuses too few epochs before anything is compiled
         state = step.started(state) if start == number == 0 else state
         if step.adaptation is None or not step.adaptation.studies:

@@ -21,7 +21,7 @@ from mtl_jax.nn import Context, stream
 from mtl_jax.sharing import Link, Strategy
 from mtl_jax.tasks import Task
 from mtl_jax.train import average, tables
-from mtl_jax.train.adaptation import TEACHER, Adaptation, Kept, Origin, SourceLoss, View
+from mtl_jax.train.adaptation import TEACHER, Adaptation, Kept, Origin, RowsLoss, View
 from mtl_jax.train.average import RowAverage
 from mtl_jax.train.cut_model import below_cut
 from mtl_jax.train.direction import diagnostic_names
@@ -36,7 +36,7 @@ from mtl_jax.train.gradients import (
 )
 from mtl_jax.train.objective import Objective, TaskLoss, label_weights
 from mtl_jax.train.optimizer import Optimizer, by_group, clip
-from mtl_jax.train.parallel import total
+from mtl_jax.train.parallel import mean, total
 from mtl_jax.train.state import Functional, Params, TrainState
 
 PRECISIONS = ("float32", "bfloat16")
@@ -192,7 +192,7 @@ class Step:
         of_model = params
         if adaptation is not None:
             adaptation = adaptation.simplified()
-            check_adaptation(adaptation, functional, axis, average)
+            check_adaptation(adaptation, functional, average)
             if rates := adaptation.rates(params):
                 optimizer = dataclasses.replace(optimizer, rate_scale=optimizer.rate_scale | rates)
             params, kept = adaptation.init(params, origin or {}, stream(key, "transfer"))
@@ -292,7 +292,9 @@ class Step:
         if self.by_domain and self.adaptation.interpolates:
             gradients = {path: array - jnp.mean(adapted[path], axis=0) for path, array in before.items()}
         else:
-            gradients = balanced.gradients if pull is None else pull(balanced.gradients)[0]
+            gradients = balanced.gradients
+            if pull is not None:
+                gradients = mean(pull(gradients)[0], self._spread)
         if penalty is not None:
             gradients = jax.tree.map(jnp.add, gradients, penalty(before))
         groups, num_begun = self._groups(state)
@@ -418,11 +420,11 @@ class Step:
                 return turns.reshape(*shape, *turns.shape[1:])
 
             inputs, batch = jax.tree.map(by_block, (inputs, dict(batch)))
-            episode = inputs, batch, _keys(key, math.prod(shape)).reshape(shape)
+            episode = inputs, batch, _keys(self._of_device(key), math.prod(shape)).reshape(shape)
             inputs, batch = jax.tree.map(lambda column: column[:, -1], (inputs, batch))
         elif number := adaptation.batches_beside:
             inputs, batch = jax.tree.map(lambda column: _by_turn(column, number + 1), (inputs, dict(batch)))
-            batches = *jax.tree.map(lambda column: column[1:], (inputs, batch)), _keys(key, number)
+            batches = *jax.tree.map(lambda column: column[1:], (inputs, batch)), _keys(self._of_device(key), number)
             inputs, batch = jax.tree.map(lambda column: column[0], (inputs, batch))
         rows = {path: compacted[_vocabulary(path)].ids for path in state.tables}
         kept = {
@@ -438,6 +440,7 @@ class Step:
 
         def penalty(params):  # of each touched row once, though it may be in several places
             gradient = jax.grad(adaptation.penalty)(params, kept, self._view(state, inputs, batch, key, batches))
+            gradient = mean(gradient, self._spread)
             for path, table in state.tables.items():
                 touched = compacted[_vocabulary(path)].touched < table.shape[0]
                 gradient[path] = jnp.where(touched[:, None], gradient[path], 0)
@@ -460,7 +463,8 @@ class Step:
 
         def model_and_cut(params, train):
             model = self.functional.merge(self._in_precision(state.rest), self._in_precision(params))
-            context = Context(train=train, step=state.step, domain=inputs.domain, rngs=stream(key, "transfer/view"))
+            drawn = {"rngs": stream(self._of_device(key), "transfer/view"), "axis": self.axis}
+            context = Context(train=train, step=state.step, domain=inputs.domain, **drawn)
             return model, model.common(inputs, context), context
 
         def outputs(params, train):
@@ -475,25 +479,32 @@ class Step:
             part = _Part(inputs, batch, key, denominators or self._denominators(batch))
             return self._loss(params, state, part, key, train=False, units=units)
 
-        counted = {task.name: label_weights(task, batch) > 0 for task in self.tasks}
-        source_loss = self._source_loss(state, key)
         return View(
-            self.tasks, batch["weight"], batch["labels"], counted, outputs, features, loss, source_loss, batches
+            tasks=self.tasks,
+            weight=batch["weight"],
+            labels=batch["labels"],
+            counted={task.name: label_weights(task, batch) > 0 for task in self.tasks},
+            outputs=outputs,
+            features=features,
+            loss=loss,
+            source_loss=self._source_loss(state, key),
+            batches=batches,
+            axis=self.axis,
         )
 
-    def _source_loss(self, state: TrainState, key, train: bool = True) -> SourceLoss:
+    def _source_loss(self, state: TrainState, key, train: bool = True) -> RowsLoss:
         """The sum of the tasks' losses on ``(inputs, batch, key)`` of the source."""
 
         def loss(params, rows):
             inputs, batch, own = rows
             return self._loss(params, state, _Part(inputs, batch, own, self._denominators(batch)), key, train)
 
-        return loss
+        return RowsLoss(loss, self.axis)
 
     def _loss(self, params: Params, state: TrainState, part: "_Part", key, train: bool, units=None) -> Float[Array, ""]:
-        """The sum of the tasks' losses on some rows."""
+        """The sum of the tasks' losses on some rows, of all devices."""
         problem = self._problem(params, state, part.batch, key, train, units)
-        return jnp.sum(task_losses(problem.common, problem.heads, params, part=part).loss)
+        return jnp.sum(task_losses(problem.common, problem.heads, params, part=part, axis=self.axis).loss)
 
     def _average(self, state: TrainState, params, new_tables, compacted, update, proceed):
         step = state.step + 1
@@ -505,6 +516,12 @@ class Step:
             rows, old = compacted[_vocabulary(path)], state.tables[path]
             kept[path] = average.update_rows(state.average[path], old, new, rows, step, self.average, update)
         return kept
+
+    @property
+    def _spread(self) -> str | None:
+        """The devices whose derivatives of an adaptation differ, since it reads rows; None where none do."""
+        adaptation = self.adaptation
+        return self.axis if adaptation.source_batches or adaptation.episodes or adaptation.reads_rows else None
 
     @property
     def by_epoch(self) -> bool:
@@ -626,8 +643,7 @@ class Step:
 
         Parts of a step share its denominators, and independent batches of a balancer have their own.
         """
-        if self.axis:
-            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
+        key = self._of_device(key)
         if self.by_domain and batch["weight"].ndim > 1:
             keys = jax.random.split(key, len(batch["weight"]))
             return {"part": _Part(inputs, batch, keys, jax.vmap(self._denominators)(batch))}
@@ -648,6 +664,10 @@ class Step:
         else:
             denominators = jax.vmap(self._denominators)(labels)
         return {"parts": _Part(parts, labels, jax.random.split(key, number), denominators)}
+
+    def _of_device(self, key: PRNGKeyArray) -> PRNGKeyArray:
+        """For what this device draws for its rows."""
+        return key if self.axis is None else jax.random.fold_in(key, jax.lax.axis_index(self.axis))
 
     def _moved(self, problem: "_Problem", state: TrainState) -> Params:
         """What modules assigned themselves in this step's forward pass; the compiler merges it with that of the losses."""
@@ -712,10 +732,8 @@ class Step:
         )
 
 
-def check_adaptation(
-    adaptation: Adaptation, functional: Functional, axis: str | None, average: float | None = None
-) -> None:
-    """Raises a ConfigError for a model, devices or an average that an adaptation cannot work with."""
+def check_adaptation(adaptation: Adaptation, functional: Functional, average: float | None = None) -> None:
+    """Raises a ConfigError for a model or an average that an adaptation cannot work with."""
     if adaptation.afresh and average:
         raise ConfigError(
             f"transfer '{type(adaptation).__name__}' goes back at the end of an epoch, and trainer.average={average} would "
@@ -726,11 +744,6 @@ def check_adaptation(
             f"transfer '{type(adaptation).__name__}' takes gradient steps inside of a step, and this sharing keeps "
             "statistics of whole batches, which would mix rows that it keeps apart; expected layers without them. Choose "
             "another sharing"
-        )
-    if (adaptation.source_batches or adaptation.episodes or adaptation.reads_rows) and axis is not None:
-        raise ConfigError(
-            f"transfer '{type(adaptation).__name__}' with parallel=pmap, where a device sees its own rows only; expected "
-            "parallel=jit. Change it"
         )
 
 
@@ -834,7 +847,7 @@ def _keys(key: PRNGKeyArray, number: int) -> PRNGKeyArray:
 @functools.partial(jax.jit, static_argnums=0)
 def _deployed(step: Step, numbers: Numbers, state: TrainState) -> Params:
     """The model's parameters from the trained ones, tables included; draws and source batches are always the same."""
-    step, batches = step.with_numbers(numbers), state.kept.batches
+    step, batches = dataclasses.replace(step.with_numbers(numbers), axis=None), state.kept.batches
     adaptation, loss = step.adaptation, step._source_loss(state, state.key, False)
     if batches is not None:
         model = step.model_of(state)

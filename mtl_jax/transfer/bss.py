@@ -11,6 +11,7 @@ from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
 from mtl_jax.train.adaptation import Adaptation, is_zero
+from mtl_jax.train.parallel import total
 from mtl_jax.transfer.fine_tune import FineTune
 
 
@@ -52,17 +53,18 @@ class BSS(Adaptation):
 
     def penalty(self, params, kept, view):
         features = view.features(params, train=True)
-        if features.shape[0] < features.shape[1]:
+        num_rows = features.shape[0] * total(1, view.axis)
+        if num_rows < features.shape[1]:
             raise ConfigError(
-                f"transfer 'BSS' has batches of {features.shape[0]} rows and {features.shape[1]} features; expected at "
+                f"transfer 'BSS' has batches of {num_rows} rows and {features.shape[1]} features; expected at "
                 "least as many rows. Raise trainer.batch_size, or make the shared layers smaller"
             )
         features = jnp.where(view.weight[:, None] > 0, features, 0)
-        whole = jnp.sum(view.weight > 0) >= features.shape[1]
-        return self.weight * jnp.where(whole, smallest_energy(features, self.k), 0.0)
+        whole = total(jnp.sum(view.weight > 0), view.axis) >= features.shape[1]
+        return self.weight * jnp.where(whole, smallest_energy(features, self.k, view.axis), 0.0)
 
 
-def smallest_energy(features: Float[Array, "row feature"], k: int) -> Float[Array, ""]:
-    """The sum of the k smallest squared singular values; of at least as many rows as features."""
-    _, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(features.T @ features))  # ascending
-    return jnp.sum(jnp.square(features @ vectors[:, :k]))
+def smallest_energy(features: Float[Array, "row feature"], k: int, axis: str | None = None) -> Float[Array, ""]:
+    """The sum of the k smallest squared singular values; of at least as many rows, over the devices, as features."""
+    _, vectors = jnp.linalg.eigh(total(jax.lax.stop_gradient(features.T @ features), axis))  # ascending
+    return total(jnp.sum(jnp.square(features @ vectors[:, :k])), axis)

@@ -100,7 +100,7 @@ class CoTuning(Adaptation):
             classes = jnp.where(counted, view.labels[task.name], 0).astype(int)
             relation = kept[RELATION][task.name][classes]
             rows = -jnp.sum(relation * _log_probabilities(task, outputs[task.name]), axis=-1)
-            terms.append(mean_over_rows(rows, counted))
+            terms.append(mean_over_rows(rows, counted, view.axis))
         return self.weight * sum(terms)
 
 

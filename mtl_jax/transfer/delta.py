@@ -90,4 +90,4 @@ class Delta(Adaptation):
         before = jax.lax.stop_gradient(view.features(kept[TEACHER], train=False))
         moved = jnp.sum(attention * jnp.square(view.features(params, train=True) - before), axis=-1)
         towers = sum(jnp.sum(jnp.square(array)) for path, array in params.items() if "tower" in path.split("/")[2:3])
-        return self.weight / 2 * attention.size * mean_over_rows(moved, view.weight) + self.beta / 2 * towers
+        return self.weight / 2 * attention.size * mean_over_rows(moved, view.weight, view.axis) + self.beta / 2 * towers

@@ -58,7 +58,7 @@ class Distill(Adaptation):
         taught = jax.lax.stop_gradient(view.outputs(kept[TEACHER], train=False))
         student = view.outputs(params, train=True)
         distances = [distance(task, taught[task.name], student[task.name], self.temperature) for task in view.tasks]
-        return self.weight * sum(mean_over_rows(rows, view.weight) for rows in distances)
+        return self.weight * sum(mean_over_rows(rows, view.weight, view.axis) for rows in distances)
 
 
 def distance(

@@ -1,17 +1,15 @@
 """What methods have in common that learn over domains: steps of several domains, and what a step of them moves."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
-from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
-from mtl_jax.train.adaptation import Adaptation, Episodes, Params
+from mtl_jax.train.adaptation import Adaptation, Episodes, Params, RowsLoss
 
 KINDS = ("embedding", "shared", "task")
 """Labels that a gradient step inside of a step may move."""
@@ -82,9 +80,9 @@ class FromSupport(OverDomains):
         check_scope(self.scope)
 
     def adapt_to_domains(self, params, kept, loss, rows):
-        return jax.vmap(lambda rows: self.adapted(params, lambda model: loss(model, block(rows, 0))))(rows)
+        return jax.vmap(lambda rows: self.adapted(params, loss.on(block(rows, 0))))(rows)
 
-    def adapted(self, params: Params, loss: Callable[[Params], Float[Array, ""]]) -> Params:
+    def adapted(self, params: Params, loss: RowsLoss) -> Params:
         """The model's parameters from those that are trained and the loss on a domain's support rows; differentiable."""
         raise NotImplementedError
 

@@ -45,4 +45,4 @@ class FeatureDistill(Adaptation):
     def penalty(self, params, kept, view):
         taught = jax.lax.stop_gradient(view.features(kept[TEACHER], train=False))
         distance = jnp.sum(jnp.square(view.features(params, train=True) - taught), axis=-1)
-        return self.weight / 2 * mean_over_rows(distance, view.weight)
+        return self.weight / 2 * mean_over_rows(distance, view.weight, view.axis)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.arguments import check_count, shown
 from mtl_jax.errors import ConfigError
+from mtl_jax.train.parallel import mean
 
 UNROLLED = 8
 """Steps that are written out; a loop over more of them is one of blocks."""
@@ -28,6 +29,7 @@ def gradient_update(
     mask: PyTree[bool] | None = None,
     batches: PyTree[Float[Array, "step ..."]] | None = None,
     first_order: bool = False,
+    axis: str | None = None,
 ) -> Callable[[PyTree], PyTree]:
     r"""The map from parameters to parameters that a few gradient steps are.
 
@@ -45,6 +47,9 @@ def gradient_update(
         not differentiated. None moves all.
       batches: One for each step, stacked along a leading axis of K.
       first_order: Whether no gradient flows through :math:`\nabla \ell`; the Jacobian is then I.
+      axis: Named axis of devices that each have a part of the rows. The loss is then a total over it (``jax.lax.psum``
+        inside), the same on all, and gradients of it are means over the axis. That of what is made of the result has to be
+        a mean over it, too (see :func:`mtl_jax.train.parallel.mean`).
 
     Returns:
       A function of parameters, with arrays of the same shapes and types.
@@ -74,7 +79,7 @@ def gradient_update(
             params = rebuild(moved, fixed)
             return loss(params) if batches is None else loss(params, batch)
 
-        gradients = jax.grad(of_moved)(moved)
+        gradients = mean(jax.grad(of_moved)(moved), axis)
         if first_order:
             gradients = jax.lax.stop_gradient(gradients)
         return [(leaf + sign * step_size * g).astype(leaf.dtype) for leaf, g in zip(moved, gradients, strict=True)]
@@ -107,6 +112,7 @@ def gradient_transfer(
     mask: PyTree[bool] | None = None,
     source_batches: PyTree[Float[Array, "step ..."]] | None = None,
     num_cg_steps: int = 20,
+    axis: str | None = None,
 ) -> tuple[Float[Array, ""], PyTree | None, PyTree]:
     r"""Value and gradient of an objective in which the target's parameters are the source's after a gradient step.
 
@@ -138,6 +144,7 @@ def gradient_transfer(
       mask: Leaves that T moves, as for :func:`gradient_update`; in ``implicit`` those that are fitted to the source.
       source_batches: One for each step, stacked. A source loss outside of T is then the mean over them.
       num_cg_steps: Most iterations of the conjugate gradients in ``implicit``.
+      axis: As for :func:`gradient_update`, of both losses; value and gradient are those of all devices.
 
     Returns:
       The objective, its gradient (shaped as ``params``; None in ``update``), and the parameters that serve the target:
@@ -168,13 +175,13 @@ def gradient_transfer(
         return jnp.mean(jax.vmap(lambda batch: source_loss(params, batch))(source_batches))
 
     def updated(first_order=False):
-        options = {"step_size": step_size, "sign": sign, "num_steps": num_steps, "mask": mask}
+        options = {"step_size": step_size, "sign": sign, "num_steps": num_steps, "mask": mask, "axis": axis}
         return gradient_update(source_loss, **options, batches=source_batches, first_order=first_order)
 
     fitted = None
     if mode == "implicit":
         options = {"step_size": step_size, "num_steps": num_steps, "proximal": proximal, "num_cg_steps": num_cg_steps}
-        fitted = implicit_update(source_loss, **options, mask=mask, batches=source_batches)
+        fitted = implicit_update(source_loss, **options, mask=mask, batches=source_batches, axis=axis)
     if mode == "update":
         adapted = updated()(params)
         return target_loss(adapted), None, adapted
@@ -193,7 +200,7 @@ def gradient_transfer(
             return value if _is_zero(source_weight) else value + source_weight * source(params), adapted
 
     (value, adapted), gradient = jax.value_and_grad(objective, has_aux=True)(params)
-    return value, gradient, adapted
+    return value, mean(gradient, axis), adapted
 
 
 def implicit_update(
@@ -205,6 +212,7 @@ def implicit_update(
     mask: PyTree[bool] | None = None,
     batches: PyTree[Float[Array, "step ..."]] | None = None,
     num_cg_steps: int = 20,
+    axis: str | None = None,
 ) -> Callable[[PyTree], PyTree]:
     r"""The map from parameters to the minimum of a loss near them.
 
@@ -223,6 +231,7 @@ def implicit_update(
       mask: Leaves that are fitted.
       batches: One for each step, stacked.
       num_cg_steps: Most iterations of the conjugate gradients.
+      axis: As for :func:`gradient_update`.
 
     Raises:
       ConfigError: An option is out of its range.
@@ -233,7 +242,7 @@ def implicit_update(
     _check_step(step_size, -1, num_steps)
     _check_proximal(proximal, num_cg_steps)
 
-    def mean(params):
+    def over_batches(params):
         if batches is None:
             return loss(params)
         return jnp.mean(jax.vmap(lambda batch: loss(params, batch))(batches))
@@ -246,9 +255,12 @@ def implicit_update(
             near = sum(jnp.sum(jnp.square(m - jax.lax.stop_gradient(s))) for m, s in zip(moved, start, strict=True))
             return loss(params, *batch) + proximal / 2 * near
 
-        descend = gradient_update(inner, step_size=step_size, num_steps=num_steps, mask=mask, batches=batches)
+        options = {"step_size": step_size, "num_steps": num_steps, "mask": mask, "batches": batches}
+        descend = gradient_update(inner, **options, axis=axis)
         fitted = _split(jax.lax.stop_gradient(descend(params)), mask)[0]
-        slope = jax.grad(lambda moved, fixed: mean(rebuild(moved, fixed)))
+
+        def slope(moved, fixed):
+            return mean(jax.grad(lambda moved: over_batches(rebuild(moved, fixed)))(moved), axis)
 
         def matrix(vector):
             product = jax.jvp(lambda moved: slope(moved, jax.lax.stop_gradient(fixed)), (fitted,), (vector,))[1]
@@ -261,7 +273,8 @@ def implicit_update(
         def solve(matrix, right):
             return _conjugate_gradients(matrix, right, proximal, num_cg_steps)
 
-        moves = jax.lax.custom_linear_solve(matrix, right, solve, symmetric=True)
+        # The mean is for the way back, where the system is that of all devices and its right side has to be so, too.
+        moves = mean(jax.lax.custom_linear_solve(matrix, right, solve, symmetric=True), axis)
         return rebuild([f + m for f, m in zip(fitted, moves, strict=True)], fixed)
 
     return update

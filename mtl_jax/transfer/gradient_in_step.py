@@ -141,7 +141,7 @@ class GradientTransfer(Adaptation):
             return {path: array for path, array in params.items() if not path.startswith(f"{COPY}/")}
         if self.mode == "implicit":
             options = {"proximal": self.proximal, "num_cg_steps": self.num_cg_steps}
-            return implicit_update(loss, **self._options(params, batches), **options)(params)
+            return implicit_update(loss, **self._options(params, loss, batches), **options)(params)
         return self._update(params, loss, batches)(params)
 
     def penalty(self, params, kept, view):
@@ -158,9 +158,9 @@ class GradientTransfer(Adaptation):
         return jnp.mean(jax.vmap(lambda batch: view.source_loss(params, batch))(view.batches))
 
     def _update(self, params, loss, batches):
-        options = self._options(params, batches)
+        options = self._options(params, loss, batches)
         return gradient_update(loss, **options, sign=self.sign, first_order=self.mode == "first_order")
 
-    def _options(self, params, batches):
-        mask = in_scope(params, self.scope)
-        return {"step_size": self.step_size, "num_steps": self.num_steps, "mask": mask, "batches": batches}
+    def _options(self, params, loss, batches):
+        options = {"mask": in_scope(params, self.scope), "batches": batches, "axis": loss.axis}
+        return options | {"step_size": self.step_size, "num_steps": self.num_steps}

@@ -49,5 +49,6 @@ class IMAML(FromSupport):
             proximal=self.proximal,
             num_cg_steps=self.num_cg_steps,
             mask=in_scope(of_model(params), self.scope),
+            axis=loss.axis,
         )
         return fit(of_model(params))

@@ -67,7 +67,7 @@ class LwF(Adaptation):
         now = view.outputs(of_source(params), train=True)
         distances = [distance(task, before[task.name], now[task.name], self.temperature) for task in view.tasks]
         scale = self.weight if self.t_squared else self.weight / self.temperature**2
-        return scale * sum(mean_over_rows(rows, view.weight) for rows in distances)
+        return scale * sum(mean_over_rows(rows, view.weight, view.axis) for rows in distances)
 
 
 def with_copies(params: Params, origin: Origin, transfer: str) -> Params:

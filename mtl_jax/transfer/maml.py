@@ -30,7 +30,7 @@ class MAML(FromSupport):
 
     Raises:
       ConfigError: A value is out of its range; in training: fewer than two domains, layers that keep statistics of
-        batches, a balancer or options that take a batch apart, or ``parallel=pmap``.
+        batches, or a balancer or options that take a batch apart.
 
     References:
       Finn, Abbeel, Levine, *Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks*, ICML 2017; Raghu, Raghu,
@@ -46,5 +46,6 @@ class MAML(FromSupport):
             num_steps=self.num_steps,
             mask=in_scope(of_model(params), self.scope),
             first_order=self.first_order,
+            axis=loss.axis,
         )
         return update(of_model(params))

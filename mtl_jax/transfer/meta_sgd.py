@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.balancing.base import register
+from mtl_jax.train.parallel import mean
 from mtl_jax.transfer.episodes import FromSupport, in_scope, of_model
 
 RATE = "aux/rate"
@@ -45,7 +46,7 @@ class MetaSGD(FromSupport):
 
         @jax.checkpoint
         def step(moved):
-            gradient = jax.grad(lambda moved: loss(fixed | moved))(moved)
+            gradient = mean(jax.grad(lambda moved: loss(fixed | moved))(moved), loss.axis)
             return {path: array - rates[path] * gradient[path] for path, array in moved.items()}
 
         moved = {path: params[path] for path in rates}

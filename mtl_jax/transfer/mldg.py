@@ -52,6 +52,7 @@ class MLDG(OverDomains):
             lambda params: jnp.mean(jax.vmap(lambda rows: loss(params, rows))(seen)),
             step_size=self.step_size,
             first_order=self.first_order,
+            axis=loss.axis,
         )
         moved = update(params)
         repeated = {

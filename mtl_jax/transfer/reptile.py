@@ -9,6 +9,7 @@ import optax
 from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
+from mtl_jax.train.parallel import mean
 from mtl_jax.transfer.episodes import OverDomains
 
 INNER = {"adam": lambda: optax.scale_by_adam(b1=0.0), "sgd": optax.identity}
@@ -57,7 +58,8 @@ class Reptile(OverDomains):
 
         def step(carry, rows):
             params, state = carry
-            direction, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
+            gradient = mean(jax.grad(loss)(params, rows), loss.axis)
+            direction, state = optimizer.update(gradient, state, params)
             return (jax.tree.map(lambda p, d: p - self.step_size * d, params, direction), state), None
 
         def trained(rows):

@@ -8,6 +8,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import yaml
@@ -27,6 +28,20 @@ from mtl_jax.train import BalancingOptions, Optimizer, Step, compile_step, fit
 from mtl_jax.train.loop import run_steps
 from mtl_jax.train.parallel import Devices
 from mtl_jax.train.state import Functional
+from mtl_jax.transfer import (
+    BSS,
+    IMAML,
+    MAML,
+    MLDG,
+    CoTuning,
+    Delta,
+    Distill,
+    FeatureDistill,
+    GradientTransfer,
+    LwF,
+    MetaSGD,
+    Reptile,
+)
 
 ROWS, STEPS = 48, 4
 PLACES = [("jit", 1), ("jit", 2), ("jit", 8), ("pmap", 2), ("pmap", 8)]
@@ -35,6 +50,7 @@ FEW_PLACES = [("jit", 1), ("jit", 8), ("pmap", 8)]
 SOME = ("equal", "famo", "graddrop", "modo", "nash_mtl", "samo")
 # Values that have no default, what three tasks allow, and parts that the rows of a device divide into.
 OPTIONS = {"fixed": {"weights": [1.0, 0.5, 2.0]}, "krum": {"num_byzantine": 0}, "ntkmtl_sr": {"num_micro": 3}}
+SOURCE = {"step_size": 0.1, "source_weight": 0.5}
 CONF = pathlib.Path(mtl_jax.__file__).parents[1] / "conf" / "balancing"
 SCHEMA = Schema(
     (Categorical("user", "user"), Numeric("price")),
@@ -72,7 +88,21 @@ def cases(wanted):
     yield "micro-batches", {"balancer": pcgrad(), "micro_batches": 2, "options": BalancingOptions(scope="shared")}
     yield "gates drawn for all rows", {"balancer": pcgrad(), "sharing": SNRTrans, "micro_batches": 2}
     yield "moments of the batch", {"balancer": pcgrad(), "sharing": ResFlow, "options": units}
+    yield "steps on a source", {"balancer": pcgrad(), "adaptation": GradientTransfer(num_steps=2, **SOURCE)}
+    yield "steps on domains", {"balancer": pcgrad(), "adaptation": MAML(3, step_size=0.1)}
+    yield "features of a teacher", {"balancer": pcgrad(), "adaptation": FeatureDistill()}
     if wanted is not SOME:
+        first_order = GradientTransfer(mode="first_order", **SOURCE)
+        joint = GradientTransfer(mode="joint", step_size=0.1)
+        # a weaker pull leaves systems that are not positive, whose ends depend on rounding
+        implicit = GradientTransfer(mode="implicit", step_size=0.1, num_steps=2, proximal=8.0)
+        for strategy in (first_order, joint, implicit):
+            yield f"mode {strategy.mode}", {"balancer": pcgrad(), "adaptation": strategy}
+        over_domains = (MLDG(3, step_size=0.1), MetaSGD(3), IMAML(3, step_size=0.1), MAML(3, first_order=True))
+        for strategy in (*over_domains, BSS(weight=0.1), Distill(), LwF(), Delta(weight=0.1), CoTuning()):
+            origin = dict.fromkeys(Functional.of(model_of(MMoE))[1], True)
+            yield f"{strategy}", {"balancer": pcgrad(), "adaptation": strategy, "origin": origin}
+        yield "Reptile", {"balancer": equal(), "adaptation": Reptile(2, num_steps=3, step_size=0.05)}
         yield "masks of units", {"balancer": graddrop(leak=0.5), "options": units}
         plain = BalancingOptions(head_gradient="plain")
         yield "private tables", {"balancer": equal(), "options": plain, "sharing": SingleTask}
@@ -106,13 +136,19 @@ def train(place, *, sharing=None, **options):
     devices = Devices(*place)
     model = model_of(sharing or MMoE)
     defaults = {"table_updates": {"user": "sparse"}, "optimizer": Optimizer(optax.trace(0.9), learning_rate=0.05)}
+    adaptation, batch = options.get("adaptation"), as_batch(rows())
+    if adaptation and adaptation.source_batches:  # what the model is deployed with
+        options["batches"] = jax.tree.map(lambda column: jnp.stack([column[:9]] * adaptation.source_batches), batch)
     step, initial = Step.of(model, SCHEMA.tasks, key=jax.random.key(0), axis=devices.axis, **defaults | options)
+    if adaptation and adaptation.studies:
+        found = step.study(initial, batch, np.arange(ROWS).reshape(2, -1))
+        initial = initial._replace(kept=initial.kept._replace(arrays=initial.kept.arrays | found))
     run = compile_step(run_steps(step), devices, rows=(2,))
     order = np.tile(np.arange(ROWS, dtype=np.int32), (STEPS, 1))
     order[:, -3:] = -1
     state, sums = run(
         devices.replicate(initial),
-        devices.replicate(as_batch(rows())),
+        devices.replicate(batch),
         devices.spread(order),
         devices.replicate(np.int32(STEPS)),
         step.numbers(),

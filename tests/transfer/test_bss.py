@@ -25,7 +25,7 @@ def float64():
 def shrinkage(strategy, features, weight=None):
     """Value and gradient by the features."""
     weight = jnp.ones(len(features)) if weight is None else jnp.asarray(weight)
-    view = types.SimpleNamespace(weight=weight, features=lambda params, train: params["h"])
+    view = types.SimpleNamespace(axis=None, weight=weight, features=lambda params, train: params["h"])
     value, gradient = jax.value_and_grad(lambda h: strategy.penalty({"h": h}, {}, view))(jnp.asarray(features))
     return float(value), np.asarray(gradient)
 

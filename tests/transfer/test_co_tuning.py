@@ -68,6 +68,7 @@ def relation(task, outputs, labels, counted):
 def view(task, labels, counted, outputs=lambda params: params):
     """Of a model whose outputs are its parameters, or what is said of them."""
     return types.SimpleNamespace(
+        axis=None,
         tasks=(task,),
         labels={task.name: labels},
         counted={task.name: jnp.asarray(counted)},

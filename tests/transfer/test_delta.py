@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mtl_jax.data.batching import epoch_order
-from mtl_jax.errors import ConfigError, Interrupted
+from mtl_jax.errors import Interrupted
 from mtl_jax.model import label
 from mtl_jax.sharing import CrossStitch, MMoE
 from mtl_jax.train import Member, Optimizer, fit
@@ -83,7 +83,7 @@ def test_at_most_ten_batches_are_studied(make_data, make_model, arrays_of):
 
 def penalty(strategy, features, before, attention, weight, **towers):
     """Value and gradient, of a model whose features are a parameter."""
-    view = types.SimpleNamespace(weight=jnp.asarray(weight), features=lambda params, train: params["h"])
+    view = types.SimpleNamespace(axis=None, weight=jnp.asarray(weight), features=lambda params, train: params["h"])
     kept = {"teacher": {"h": jnp.asarray(before)}, "attention": {"units": jnp.asarray(attention)}}
     params = {"h": jnp.asarray(features)} | {path.replace("__", "/"): jnp.asarray(a) for path, a in towers.items()}
     return jax.value_and_grad(lambda params: strategy.penalty(params, kept, view))(params)
@@ -155,11 +155,6 @@ def test_a_run_that_goes_on_in_its_second_stage_weighs_no_unit_again(make_model,
     state, position = session.resume()
     assert position.stage == 1 and not setup.programs
     np.testing.assert_allclose(np.sum(state.kept.arrays["attention"]["units"]), 1, rtol=1e-6)
-
-
-def test_devices_of_their_own_are_refused_before_the_probe(make_model, make_data):
-    with pytest.raises(ConfigError, match="'Delta' with parallel=pmap"):
-        fit(make_model(), make_data(), adaptation=Delta(), parallel="pmap", **RUN)
 
 
 @pytest.mark.parametrize(

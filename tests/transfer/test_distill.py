@@ -22,6 +22,7 @@ KIND = Task("kind", "multiclass", classes=("a", "b", "c"))
 def view(*tasks, weight):
     """Of a model whose outputs are its parameters, and so are its features."""
     return types.SimpleNamespace(
+        axis=None,
         tasks=tasks,
         weight=jnp.asarray(weight, jnp.float32),
         outputs=lambda params, train: params,
@@ -143,6 +144,7 @@ def test_the_teacher_runs_as_in_evaluation_and_gets_no_gradient(strategy):
         return params["z"] if train else params["z"] * 2
 
     rows = types.SimpleNamespace(
+        axis=None,
         tasks=(BINARY,),
         weight=jnp.ones(2),
         outputs=lambda params, train: {"click": read(params, train)},

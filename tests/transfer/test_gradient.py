@@ -221,6 +221,39 @@ def test_each_step_has_its_batch():
 # What holds whatever the losses
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "update", "sign": 1},
+        {"mode": "constrained", "num_steps": 3, "source_weight": 0.7, "mask": MASK},
+        {"mode": "constrained", "sign": 1},
+        {"mode": "first_order", "source_weight": 0.7},
+        {"mode": "joint", "rho": 0.5, "num_steps": 2, "mask": MASK},
+        {"mode": "implicit", "num_steps": 20, "proximal": 2.0, "mask": MASK},
+    ],
+    ids=lambda options: " ".join(map(str, (options["mode"], options.get("sign", -1)))),
+)
+def test_devices_that_share_the_rows_find_what_one_does(options):
+    """Each has three of the six rows, and all have the same value, gradient and adapted parameters."""
+    params = (network(), network(2)) if options["mode"] == "joint" else network()
+    ids = jnp.array([[0, 1, 1, 2, 3, 0], [3, 4, 5, 0, 4, 6]])
+
+    def found(ids, labels, axis=None):
+        def of(head, side):
+            part = loss(head, ids[side], labels[side])
+            return part if axis is None else lambda params: jax.lax.psum(part(params) / 2, axis)
+
+        return gradient_transfer(
+            of("source_head", 0), of("target_head", 1), params, step_size=0.3, axis=axis, **options
+        )
+
+    whole = found(ids, jnp.asarray(LABELS))
+    halves = [part.reshape(2, 2, 3).swapaxes(0, 1) for part in (ids, jnp.asarray(LABELS))]
+    of_each = jax.vmap(lambda *rows: found(*rows, axis="device"), axis_name="device")(*halves)
+    for expected, leaf in zip(jax.tree.leaves(whole), jax.tree.leaves(of_each), strict=True):
+        np.testing.assert_allclose(leaf, np.stack([expected] * 2), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["constrained", "first_order"])
 def test_without_a_step_it_trains_the_target(mode):
     plain = jax.value_and_grad(OF_TARGET)(network())

@@ -23,7 +23,7 @@ from mtl_jax.train import BalancingOptions, Member, Optimizer, fit
 from mtl_jax.train.adaptation import structure
 from mtl_jax.train.session import Session
 from mtl_jax.train.setup import Setup
-from mtl_jax.transfer import FineTune, GradientTransfer, gradient_transfer
+from mtl_jax.transfer import Delta, FineTune, GradientTransfer, gradient_transfer
 
 ETA, RATE, ROWS = 0.3, 0.1, 16
 SGD = Optimizer(optax.identity(), learning_rate=RATE)
@@ -220,11 +220,22 @@ def test_a_run_in_parts_that_do_not_divide_its_batches_is_the_run_in_one(make_da
         np.testing.assert_allclose(parts[path], whole[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
 
-def test_statistics_of_batches_and_devices_of_their_own_are_refused(make_model, make_step):
+@pytest.mark.parametrize("strategy", [GradientTransfer(ETA), Delta()], ids=["a step on the source", "a study of rows"])
+def test_a_run_whose_devices_sum_by_name_is_the_run_whose_compiler_does(
+    strategy, make_data, make_rows, make_model, arrays_of
+):
+    """What lies around the steps, too: batches for deployment, a study, the choice of an epoch."""
+    options = {"batch_size": 8, "epochs": 2, "steps_per_call": 4, "adaptation": strategy, "optimizer": SGD}
+    options |= {"source": make_rows(17, 30)} if strategy.needs_rows else {}
+    of_compiler, by_name = (
+        arrays_of(fit(make_model(), make_data(), parallel=how, **options).model) for how in ("jit", "pmap")
+    )
+    close(by_name, of_compiler)
+
+
+def test_statistics_of_batches_are_refused(make_model, make_step):
     with pytest.raises(ConfigError, match="'GradientTransfer' takes gradient steps inside of a step"):
         make_step(make_model(sharing=ResFlow, units=(4,), logits=False), GradientTransfer())
-    with pytest.raises(ConfigError, match="'GradientTransfer' with parallel=pmap"):
-        make_step(make_model(), GradientTransfer(), axis="device")
 
 
 # The losses of the source as a term of the objective

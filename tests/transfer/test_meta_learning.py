@@ -17,6 +17,7 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.nn import Context
 from mtl_jax.sharing import DSelectK, ResFlow, SoftSharing
 from mtl_jax.train import BalancingOptions, Member, Optimizer, fit_many, samo
+from mtl_jax.train.adaptation import RowsLoss
 from mtl_jax.train.session import Session
 from mtl_jax.train.setup import Setup
 from mtl_jax.transfer import (
@@ -50,7 +51,7 @@ def adapted_number(strategy, params=None):
     blocks = jnp.full((2, strategy.episodes.blocks), A)
 
     def found(params):
-        return strategy.adapt_to_domains(params, {}, lambda params, a: a / 2 * params["w"] ** 2, blocks)["w"]
+        return strategy.adapt_to_domains(params, {}, RowsLoss(lambda params, a: a / 2 * params["w"] ** 2), blocks)["w"]
 
     adapted, pull = jax.vjp(found, params)
     (gradient,) = pull(strategy.domain_weights() * B * (adapted - C))
@@ -597,7 +598,6 @@ def test_a_few_steps_on_rows_of_the_target_are_all_that_adapts_a_model(make_data
 @pytest.mark.parametrize(
     ("strategy", "options", "message"),
     [
-        (MAML(2), {"axis": "device"}, "transfer 'MAML' with parallel=pmap"),
         (
             MAML(2),
             {"micro_batches": 2},

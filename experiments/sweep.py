@@ -43,7 +43,7 @@ SHARED = Shared()
 ONE_VALUE = (
     "allow", "arms", "axis", "baseline", "budget", "experiment", "folder", "folds", "grid", "hydra", "keep_checkpoints",
     "name", "output_dir", "report", "retry", "search", "search_seeds", "searching", "seed", "seeds", "trials",
-    "vectorize", "loading", "select",
+    "vectorize", "loading", "select", "tuning_artefact",
 )  # fmt: skip
 """Keys that are no choice between arms."""
 

@@ -16,7 +16,7 @@ from mtl_jax.run_config import build_model, build_parts
 from mtl_jax.source import Handover, adaptation_of, domains_of, source_config, stage
 from mtl_jax.train import Result
 from mtl_jax.train.adaptation import Adaptation
-from mtl_jax.transfer import Artefact, Loading, load
+from mtl_jax.transfer import Artefact, Loading, check_tuning, load
 from mtl_jax.transfer.loading import MANIFEST
 from mtl_jax.transfer.pred import with_outputs
 from mtl_jax.transfer.select import choose, gradient_cosine
@@ -67,6 +67,8 @@ def hand_over(
         return Handover(dataset, model, adaptation, source=source, stages=(selected | {"needs": needs},))
     artefact, record = trained_source(of_source, shared, should_stop, told)
     loading = _loaded(config, model, dataset, artefact, adaptation)
+    if config["tuning_artefact"]:
+        check_tuning(adaptation, loading, dataset.schema)
     timing = record["timing"]
     trained = stage("source_train", artefact=artefact.hash, steps=timing.get("steps"), seconds=timing["wall_seconds"])
     moved = stage(
@@ -78,7 +80,8 @@ def hand_over(
     )
     stages = (trained, selected, moved)
     if adaptation.needs_source:
-        return Handover(dataset, loading.model, adaptation, loading.origin, source, record, stages)
+        base = (artefact, loading) if config["tuning_artefact"] else None
+        return Handover(dataset, loading.model, adaptation, loading.origin, source, record, stages, base=base)
     if adaptation.reads_outputs:
         alike = (dataclasses.replace(one, schema=dataset.schema) for one in (dataset, source))
         dataset, source = (with_outputs(one, loading.model) for one in alike)

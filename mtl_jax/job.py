@@ -6,6 +6,7 @@ import datetime
 import functools
 import json
 import resource
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from mtl_jax.train.optimizer import as_optimizer
 from mtl_jax.watch import observe
 
 SELECTOR = "valid_best"
+TUNING = "tuning"
+"""Folder of the artefact of what a run changed of its base."""
 METHOD = ("sharing", "link", "balancing", "pretraining", "transfer")
 """Groups whose choice is the method of a run."""
 
@@ -191,8 +194,13 @@ class Job:
 
     def complete(self, result: Result) -> dict[str, Any]:
         """Opens the test part for what was selected, and writes the record."""
+        tuning = None
         if self.handover is not None:
             result = self.handover.deployed(result)
+            tuning = self.handover.tuning(result, run_id=self.known["run_id"], seed=self.known["seed"])
+        if tuning is not None:
+            shutil.rmtree(self.home.path / TUNING, ignore_errors=True)  # of a run that was killed before its record
+            tuning.save(self.home.path / TUNING)
         self.home.write_history(result.history)
         self.home.log(f"tables {result.table_updates}")
         selection = {
@@ -205,7 +213,7 @@ class Job:
         started = self.known["timing"]["started"]
         measured = _evaluated(result, self, openings, started)
         if self.handover is not None:
-            measured |= self.handover.evaluated(result)
+            measured |= self.handover.evaluated(result, tuning)
             measured["slices"] = measured["slices"] | measured.pop("source_slices")
         record = new_record(self.known | measured, status="completed")
         record["flags"]["below_baseline"] = bool(below_baseline(record))

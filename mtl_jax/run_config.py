@@ -26,7 +26,7 @@ from mtl_jax.watch import check_options
 KEYS = (
     "data", "sharing", "balancing", "optimizer", "trainer", "parallel", "objective", "encoder", "history", "towers",
     "link", "prior", "training", "match_parameters", "seed", "folds", "allow", "output_dir", "transfer", "source",
-    "target", "select", "loading", "pretraining",
+    "target", "select", "loading", "pretraining", "tuning_artefact",
 )  # fmt: skip
 COMMAND_KEYS = ("summary",)
 """What the command line reads itself, and no run has."""

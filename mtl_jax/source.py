@@ -16,6 +16,7 @@ from mtl_jax.errors import ConfigError
 from mtl_jax.model import MultiTaskModel
 from mtl_jax.train.adaptation import Adaptation, Origin
 from mtl_jax.train.result import Result
+from mtl_jax.transfer import Artefact, Loading, tuning_of
 from mtl_jax.transfer.lin_int import interpolated
 from mtl_jax.transfer.select import SELECTS
 
@@ -55,6 +56,8 @@ def check_transfer(config: Mapping[str, Any]) -> None:
     if not isinstance(node, Mapping) or set(node) != set(LOADING):
         raise ConfigError(f"loading is {shown(node)}; expected a mapping with {list(LOADING)}. Change it")
     _check_patterns(node)
+    if not isinstance(config["tuning_artefact"], bool):
+        raise ConfigError(f"tuning_artefact is {shown(config['tuning_artefact'])}; expected true or false. Change it")
     adaptation, before = adaptation_of(config), adaptation_of(config, "pretraining")
     if before.needs_model or before.needs_rows:
         raise ConfigError(
@@ -122,6 +125,7 @@ def source_config(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, 
         "target": sorted(names),
         "select": "given",
         "loading": LOADING,
+        "tuning_artefact": False,
     }
     return dict(config) | {"data": whole_data(config["data"])} | alone
 
@@ -152,6 +156,7 @@ class Handover:
       record: Of the run that trained the source; None where nothing is loaded.
       stages: What was done before the target is trained, for the record.
       beside: The source's model, where it is a part of what is deployed.
+      base: What the source handed on and how it was loaded, where the run leaves an artefact of what it changes of that.
     """
 
     dataset: Dataset
@@ -162,6 +167,7 @@ class Handover:
     record: Mapping[str, Any] | None = None
     stages: tuple[dict[str, Any], ...] = ()
     beside: MultiTaskModel | None = None
+    base: tuple[Artefact, Loading] | None = None
 
     def rows(self, part: str) -> Encoded:
         """A part of the source as the target's model reads it."""
@@ -179,14 +185,33 @@ class Handover:
         """What a trained run is judged as."""
         return result if self.beside is None else interpolated(result, self.beside, self.dataset.for_training())
 
-    def evaluated(self, result: Result) -> dict[str, Any]:
+    def tuning(self, result: Result, **facts: Any) -> Artefact | None:
+        """What a trained run changed of its base, where it leaves that."""
+        if self.base is None:
+            return None
+        base, loading = self.base
+        return tuning_of(result, self.adaptation, loading, base, self.dataset.schema, **facts)
+
+    def evaluated(self, result: Result, tuning: Artefact | None = None) -> dict[str, Any]:
         """For the record: the stages, and what the source's validation part says of the trained model.
 
         ``forgetting`` is by how much a task's metric got worse there, since the source was trained.
+
+        Args:
+          result: Of the run.
+          tuning: As from :meth:`tuning`.
         """
         parent = self.stages[-1]["parent_hash"] if self.stages else None
         timing = result.timing
-        trained = stage(type(self.adaptation).__name__, parent, steps=timing["steps"], seconds=timing["wall_seconds"])
+        trained = stage(
+            type(self.adaptation).__name__,
+            parent,
+            artefact=tuning and tuning.hash,
+            steps=timing["steps"],
+            seconds=timing["wall_seconds"],
+        )
+        if tuning is not None:
+            trained["artefact_numbers"] = {"tuning": tuning.num_numbers, "base": self.base[0].num_numbers}
         found = {"stages": [*self.stages, trained], "source_slices": {}, "transfer": {"reference": None}}
         if self.source is None:
             return found

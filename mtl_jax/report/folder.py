@@ -29,6 +29,7 @@ UNHASHED_KEYS = (
     "trainer.progress",
     "trainer.tensorboard",
     "trainer.profile",
+    "tuning_artefact",
     "folds",  # the folds of one cross-validation, which the data identity tells apart
     "data.split_fold",
 )

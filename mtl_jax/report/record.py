@@ -119,6 +119,7 @@ SCHEMA = {
             "name": "text",
             "parent_hash": "text|null",
             "artefact_hash": "text|null",
+            "artefact_numbers?": {"tuning": "int", "base": "int"},
             "loading_report": "any",
             "needs": "any",
             "steps": "int|null",

@@ -96,7 +96,7 @@ def print_result(
     console.print(result_table(record, reference=reference))
     for note in _notes(record):
         console.print(Text(note, style="yellow"))
-    lines = [*_summary(record, reference, reference_command), *_cost(record), *_trust(record)]
+    lines = [*_summary(record, reference, reference_command), *_cost(record), *_tuning(record), *_trust(record)]
     lines.append(("run folder", os.fspath(folder)) if folder is not None else ("run", record["run_id"]))
     for label, text in lines:
         console.print(Text.assemble((f"{label:<16}", "dim"), text), highlight=False, soft_wrap=True)
@@ -200,6 +200,12 @@ def _cost(record: Record) -> list[tuple[str, str]]:
         "wall n/a" if wall is None else f"wall {wall:,.1f} s",
     ]
     return [("speed", ", ".join(parts))]
+
+
+def _tuning(record: Record) -> list[tuple[str, str]]:
+    """Of each artefact of what was tuned: its numbers beside those of its base."""
+    found = [one["artefact_numbers"] for one in record.get("stages", ()) if "artefact_numbers" in one]
+    return [("tuning", f"{one['tuning']:,} numbers kept, for a base of {one['base']:,}") for one in found]
 
 
 def _trust(record: Record) -> list[tuple[str, str]]:

@@ -14,6 +14,8 @@ from mtl_jax.model import MultiTaskModel
 from mtl_jax.tasks import Task
 from mtl_jax.train.parallel import total
 
+AUX = "aux/"
+"""Paths of what an adaptation trains in place of arrays of the model begin so."""
 TEACHER = "teacher"
 """Name under which an adaptation keeps the parameters of a model that it compares with."""
 Params = dict[str, Array]

@@ -23,7 +23,7 @@ def predict(
 
     Args:
       functional: Static view of the model.
-      arrays: Path -> array, for all arrays of the model.
+      arrays: Path -> array, for all arrays of the model; those of an adaptation may be there beside them.
       rows: A part, or its batch on the device (see :func:`mtl_jax.data.batching.as_batch`).
       devices: Over which the rows are spread; arrays and batch are replicated there. By default one.
 
@@ -37,7 +37,7 @@ def predict(
     order = np.arange(-(-num_rows // block) * block, dtype=np.int32)
     order = np.where(order < num_rows, order, -1).reshape(-1, block)
     order = jax.device_put(order) if devices.number == 1 else devices.spread(order)
-    outputs = jax.device_get(_pass_over(functional, arrays, data, order))
+    outputs = jax.device_get(_pass_over(functional, functional.own(arrays), data, order))
     return {task: blocks.reshape(-1, *blocks.shape[2:])[:num_rows] for task, blocks in outputs.items()}
 
 
@@ -57,7 +57,7 @@ def predict_stack(functional: Functional, arrays: Params, data: Mapping[str, Any
     block = min(max(ROWS_PER_BLOCK // runs, 256), num_rows)  # as much memory as one set takes
     order = np.arange(-(-num_rows // block) * block, dtype=np.int32)
     order = np.where(order < num_rows, order, -1).reshape(-1, block)
-    outputs = jax.device_get(_passes_over(functional, arrays, data, order))
+    outputs = jax.device_get(_passes_over(functional, functional.own(arrays), data, order))
     return {task: blocks.reshape(runs, -1, *blocks.shape[3:])[:, :num_rows] for task, blocks in outputs.items()}
 
 

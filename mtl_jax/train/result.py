@@ -13,7 +13,7 @@ from mtl_jax.model import MultiTaskModel
 from mtl_jax.train.gate_use import Use, gate_use
 from mtl_jax.train.monitor import Monitor
 from mtl_jax.train.predict import outputs_of
-from mtl_jax.train.state import Functional
+from mtl_jax.train.state import Functional, Params
 from mtl_jax.train.step import Sums
 
 
@@ -166,6 +166,8 @@ class Result:
       params: Numbers of parameters by kind of label, ``total`` and ``flops_per_example``.
       diagnostics: ``{scope, head_gradient, task_weights, skipped_steps}``.
       table_updates: Vocabulary -> ``dense`` or ``sparse``.
+      aux: ``aux/<name>/...`` -> array, of what was trained in place of arrays of the model, which were made of it (LoRA's
+        factors).
     """
 
     model: MultiTaskModel
@@ -177,6 +179,7 @@ class Result:
     params: dict[str, Any]
     diagnostics: dict[str, Any]
     table_updates: dict[str, str]
+    aux: Params = dataclasses.field(default_factory=dict)
 
     def predict(self, rows: Encoded) -> dict[str, np.ndarray]:
         """Outputs of every task: logits, or standardised predictions of regression tasks."""

@@ -165,6 +165,7 @@ class RunStack:
     ) -> tuple[TrainState, Params]:
         """The next stage, each member from what it selected."""
         chosen = self.evaluated(state) | best
+        chosen = self.step.functional.own(chosen)
         models = [self.step.functional.merge(_of_member(chosen, number)) for number in range(len(self.members))]
         starts = [int(step) for step in jax.device_get(state.step)[: len(self.members)]]
         for position in positions:
@@ -407,7 +408,8 @@ class RunStack:
         """As of the same run alone; its seconds are its share of the stack's."""
         return self.setup.result(
             self.members[number],
-            self.step.functional.merge(jax.device_put(jax.device_get(_of_member(stacked, number)))),
+            self.step.functional,
+            jax.device_put(jax.device_get(_of_member(stacked, number))),
             measured,
             position,
             steps=int(jax.device_get(state.step)[number]),

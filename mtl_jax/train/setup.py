@@ -392,7 +392,8 @@ class Setup:
     def result(
         self,
         member: Member,
-        model: MultiTaskModel,
+        functional: Functional,
+        arrays: Params,
         measured: tuple[dict[str, Any], dict[str, Any]],
         position: Position,
         *,
@@ -405,8 +406,9 @@ class Setup:
 
         Args:
           member: The run.
-          model: With the selected parameters.
-          measured: Its metrics on validation and what they were computed from.
+          functional: Of its model.
+          arrays: As they were selected (see :meth:`mtl_jax.train.Step.evaluated`).
+          measured: Metrics of the model on validation and what they were computed from.
           position: Where the run stands.
           steps: Updates of the whole run.
           seconds: It took.
@@ -414,6 +416,8 @@ class Setup:
           trainable: Parameters that were trained in the last stage.
         """
         values, support = measured
+        own = functional.own(arrays)
+        model = functional.merge(own)
         functional, params, rest = Functional.of(model)
         weighted = self.options.weighted_heads(member.balancer)
         return Result(
@@ -438,6 +442,7 @@ class Setup:
                 "skipped_steps": position.skipped,
             },
             table_updates=self.choose_tables(model),
+            aux={path: array for path, array in arrays.items() if path not in own},
         )
 
 

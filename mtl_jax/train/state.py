@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from mtl_jax.model import MultiTaskModel, label, path_name
 from mtl_jax.nn import State
-from mtl_jax.train.adaptation import Kept, Params
+from mtl_jax.train.adaptation import AUX, Kept, Params
 
 
 class TrainState(NamedTuple):
@@ -75,6 +75,10 @@ class Functional:
             {names[path]: jnp.copy(array) for path, array in arrays.items()} for arrays in (trained, moved, rest)
         )
         return cls(graphdef, paths, tuple(trained), tuple(moved)), trained, moved | rest
+
+    def own(self, arrays: Params) -> Params:
+        """The arrays without those of an adaptation (``aux/<name>/...``), which have no place in the module."""
+        return {path: array for path, array in arrays.items() if path in self.paths or not path.startswith(AUX)}
 
     def merge(self, *arrays: Params) -> MultiTaskModel:
         """The module with these arrays; together they must cover every path."""

@@ -350,14 +350,18 @@ class Step:
         return self.adaptation is not None and self.adaptation.episodes is not None
 
     def evaluated(self, state: TrainState) -> Params:
-        """All arrays as they are evaluated and selected: the average of the parameters where there is one."""
+        """All arrays as they are evaluated and selected: the average of the parameters where there is one.
+
+        What the model's arrays are made of (factors) is there beside them, by its own ``aux/<name>/...``.
+        """
         arrays = state.params | state.tables
         for path, kept in state.average.items():
             if isinstance(kept, RowAverage):
                 kept = average.forward(kept.rows, kept.seen, state.tables[path], state.step, self.average)
             arrays[path] = kept
         if self.adaptation is not None and self.adaptation.adapts:
-            arrays = _deployed(self, self.numbers(), state._replace(params=arrays, tables={}))
+            made = _deployed(self, self.numbers(), state._replace(params=arrays, tables={}))
+            arrays = {path: array for path, array in arrays.items() if path not in self.functional.paths} | made
         return arrays | state.rest
 
     def started(self, state: TrainState) -> TrainState:

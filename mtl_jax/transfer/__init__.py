@@ -19,7 +19,7 @@ from mtl_jax.transfer.l2_sp import L2SP
 from mtl_jax.transfer.lin_int import Interpolation, LinInt, interpolated
 from mtl_jax.transfer.linear_map import LinearMap
 from mtl_jax.transfer.linear_probe import LinearProbe
-from mtl_jax.transfer.loading import Artefact, Coverage, Loading, load
+from mtl_jax.transfer.loading import Artefact, Coverage, Loading, Tuning, load
 from mtl_jax.transfer.lora import LoRA
 from mtl_jax.transfer.lwf import LwF
 from mtl_jax.transfer.maml import MAML
@@ -30,6 +30,7 @@ from mtl_jax.transfer.pooled import Pooled
 from mtl_jax.transfer.pred import Pred, with_outputs
 from mtl_jax.transfer.reptile import Reptile
 from mtl_jax.transfer.scratch import Scratch
+from mtl_jax.transfer.tuning import check_tuning, on_base, tuning_of
 from mtl_jax.transfer.zero_shot import ZeroShot
 
 __all__ = [
@@ -65,11 +66,15 @@ __all__ = [
     "Pred",
     "Reptile",
     "Scratch",
+    "Tuning",
     "ZeroShot",
+    "check_tuning",
     "gradient_transfer",
     "gradient_update",
     "implicit_update",
     "interpolated",
     "load",
+    "on_base",
+    "tuning_of",
     "with_outputs",
 ]

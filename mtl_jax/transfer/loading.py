@@ -32,36 +32,64 @@ SAME_TASK = ("kind", "loss", "classes", "positive", "space")
 
 
 @dataclasses.dataclass(frozen=True)
-class Artefact:
-    """What a source hands on.
+class Tuning:
+    """Where the rest of a model is, of which an artefact has only what was tuned (see :func:`mtl_jax.transfer.tuning_of`).
 
     Attributes:
-      arrays: Path -> array, of all parameters and states of the model.
+      base: Hash of the artefact that has it.
+      strategy: Class of the adaptation, with its module.
+      options: Of the adaptation.
+      loaded: Target path -> path of the base, of what the base gives.
+    """
+
+    base: str
+    strategy: str
+    options: Mapping[str, Any]
+    loaded: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """What a source hands on, or what a target has made of it.
+
+    Attributes:
+      arrays: Path -> array, of all parameters and states of the model; with ``tuning`` of what was tuned.
       schema: Fitted; it says what ids, numbers and labels mean.
       facts: Anything else worth keeping (metrics, configuration, seed), of plain JSON types.
+      tuning: What else the model consists of; None: nothing, ``arrays`` are all of it.
     """
 
     arrays: Mapping[str, np.ndarray]
     schema: Schema
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tuning: Tuning | None = None
 
     @classmethod
     def of(cls, model: MultiTaskModel, schema: Schema, **facts: Any) -> "Artefact":
         """That of a model, such as ``Result.model()`` gives, and the schema that it was trained with."""
-        return cls({path: np.asarray(array) for path, array in _trained(*Functional.of(model)).items()}, schema, facts)
+        return cls(
+            {path: np.asarray(array) for path, array in trained_arrays(*Functional.of(model)).items()}, schema, facts
+        )
 
     @property
     def hash(self) -> str:
         """Of the arrays and of what they mean."""
-        content = json.dumps([self._digests(), self.schema.to_dict()], sort_keys=True)
+        content = json.dumps([self._digests(), self.schema.to_dict(), *self._tunings()], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def num_numbers(self) -> int:
+        """How many numbers the arrays have."""
+        return sum(array.size for array in self.arrays.values())
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes ``arrays.npz`` and ``manifest.json`` (shapes, types and digests of the arrays, schema, facts, version).
 
         Raises:
+          ConfigError: It has what was tuned, and not the tower of each task.
           RunFolderError: The folder has an artefact already, or cannot be written.
         """
+        self.check_towers()
         folder = Path(folder)
         if (folder / MANIFEST).exists():
             raise RunFolderError(f"'{folder}' has an artefact already; expected a folder without. Choose another")
@@ -75,6 +103,8 @@ class Artefact:
             "facts": dict(self.facts),
             "mtl_jax": mtl_jax.__version__,
         }
+        if self.tuning is not None:
+            manifest["tuning"] = dataclasses.asdict(self.tuning)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ARRAYS).write_bytes(buffer.getvalue())
@@ -90,22 +120,41 @@ class Artefact:
 
         Raises:
           MissingFile: There is none.
-          RunFolderError: It is damaged: an array is not what the manifest says.
+          RunFolderError: It is damaged: an array, or what the arrays mean, is not what the manifest says.
         """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise MissingFile(f"'{folder}' has no {MANIFEST}; expected the folder of an artefact. Save one there first")
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
-            found = cls(_read_arrays(folder / ARRAYS), Schema.from_dict(manifest["schema"]), manifest["facts"])
+            tuning = Tuning(**manifest["tuning"]) if "tuning" in manifest else None
+            arrays, schema = _read_arrays(folder / ARRAYS), Schema.from_dict(manifest["schema"])
+            found = cls(arrays, schema, manifest["facts"], tuning)
             whole = found._digests() == manifest["arrays"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            meant = found.hash == manifest["hash"]
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise RunFolderError(f"the artefact in '{folder}' cannot be read ({error}). Save it again") from error
-        if not whole:
+        if not whole or not meant:
+            what = "what its arrays mean is not that" if whole else "the arrays are not those"
             raise RunFolderError(
-                f"the arrays in '{folder}' are not those of its manifest; expected the ones that were saved. Save it again"
+                f"the artefact in '{folder}' has changed: {what} of its manifest; expected what was saved. Save "
+                "it again"
             )
         return found
+
+    def check_towers(self) -> None:
+        """Raises a ConfigError for what was tuned without the tower of a task, which the base cannot give."""
+        if self.tuning is None:
+            return
+        having = {label(path) for path in self.arrays}
+        if without := [name for name in self.schema.task_names if f"task/{name}" not in having]:
+            raise ConfigError(
+                f"the artefact has only what was tuned, and no tower of the tasks {without}; expected those of all tasks "
+                "of its schema (task/<name>/...), which a base does not have. Train them, and put them in"
+            )
+
+    def _tunings(self) -> list[dict[str, Any]]:
+        return [] if self.tuning is None else [dataclasses.asdict(self.tuning)]
 
     def _digests(self) -> dict[str, dict[str, Any]]:
         return {
@@ -196,7 +245,7 @@ def load(
     Raises:
       ConfigError: Something is left over on either side, a pattern fits nothing, a target is named twice, shapes differ,
         ids cannot be matched, or shared layers would read other features than they were trained on. All that is wrong is
-        said at once, with paths and shapes.
+        said at once, with paths and shapes. Or the artefact has only what was tuned.
 
     Example:
       >>> from flax import nnx
@@ -212,8 +261,13 @@ def load(
     """
     if new_rows not in NEW_ROWS:
         raise ConfigError(f"new_rows is {new_rows!r}; expected one of {list(NEW_ROWS)}. Change it")
+    if artefact.tuning is not None:
+        raise ConfigError(
+            f"the artefact has only what was tuned on the base {artefact.tuning.base}; expected all arrays of a model. "
+            "Put it on its base (mtl_jax.transfer.on_base)"
+        )
     functional, params, rest = Functional.of(model)
-    own = _trained(functional, params, rest)
+    own = trained_arrays(functional, params, rest)
     pairs, dropped, kept, wrong = _matched(artefact, own, schema, map, drop, reinit)
     loaded, coverage, origin = {}, {}, {}
     for target, source in pairs.items():
@@ -238,7 +292,7 @@ def load(
     return Loading(merged, pairs, tuple(kept), tuple(dropped), coverage, origin, _rescaled(schema, artefact.schema))
 
 
-def _trained(functional: Functional, params: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
+def trained_arrays(functional: Functional, params: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
     """What training changes: parameters and states, and not what was chosen for it, like dropout rates."""
     return dict(params) | {path: rest[path] for path in functional.state_paths}
 
@@ -283,7 +337,7 @@ def _matched(artefact, own, schema, map, drop, reinit) -> tuple[dict[str, str], 
         ("of the target have no source", missing, own),
     ):
         if paths:
-            wrong.append(f"{len(paths)} arrays {what}: {_with_shapes(paths, arrays)}")
+            wrong.append(f"{len(paths)} arrays {what}: {with_shapes(paths, arrays)}")
     return pairs, sorted(dropped), [path for path in targets if path in kept], wrong
 
 
@@ -297,7 +351,7 @@ def _fitting(patterns: Sequence[str], paths: Iterable[str], name: str, wrong: li
     return found
 
 
-def _with_shapes(paths: Sequence[str], arrays: Mapping[str, Any]) -> str:
+def with_shapes(paths: Sequence[str], arrays: Mapping[str, Any]) -> str:
     text = ", ".join(f"{path} {list(arrays[path].shape)}" for path in paths[:LISTED])
     return f"{text}, ..." if len(paths) > LISTED else text
 

@@ -227,5 +227,5 @@ def test_damage_is_found(tmp_path):
         Artefact.read(tmp_path)
     others = {path: array + 1 for path, array in SOURCE.arrays.items()}
     np.savez(tmp_path / "arrays.npz", **others)
-    with pytest.raises(RunFolderError, match="are not those of its manifest"):
+    with pytest.raises(RunFolderError, match="the arrays are not those of its manifest"):
         Artefact.read(tmp_path)

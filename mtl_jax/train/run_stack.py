@@ -165,7 +165,6 @@ class RunStack:
     ) -> tuple[TrainState, Params]:
         """The next stage, each member from what it selected."""
         chosen = self.evaluated(state) | best
-        chosen = self.step.functional.own(chosen)
         models = [self.step.functional.merge(_of_member(chosen, number)) for number in range(len(self.members))]
         starts = [int(step) for step in jax.device_get(state.step)[: len(self.members)]]
         for position in positions:

@@ -100,7 +100,7 @@ class Session:
         chosen = self.selected(state, position)
         at = int(jax.device_get(state.step))
         position.next_stage()
-        state = self.enter(position.stage, self.step.functional.merge(self.step.functional.own(chosen)), at, study=True)
+        state = self.enter(position.stage, self.step.functional.merge(chosen), at, study=True)
         self.best = None
         arrays = self.evaluated(state)
         return self.judge(state, position, arrays, self.measure(arrays)[0], position.start_step)[0]

@@ -416,8 +416,7 @@ class Setup:
           trainable: Parameters that were trained in the last stage.
         """
         values, support = measured
-        own = functional.own(arrays)
-        model = functional.merge(own)
+        own, model = functional.own(arrays), functional.merge(arrays)
         functional, params, rest = Functional.of(model)
         weighted = self.options.weighted_heads(member.balancer)
         return Result(

@@ -81,8 +81,8 @@ class Functional:
         return {path: array for path, array in arrays.items() if path in self.paths or not path.startswith(AUX)}
 
     def merge(self, *arrays: Params) -> MultiTaskModel:
-        """The module with these arrays; together they must cover every path."""
-        flat = {self.paths[path]: array for part in arrays for path, array in part.items()}
+        """The module with those of these arrays that are its own; together they must cover every path."""
+        flat = {self.paths[path]: array for part in arrays for path, array in self.own(part).items()}
         return nnx.merge(self.graphdef, nnx.State(_nest(flat)))
 
     def states(self, model: MultiTaskModel) -> Params:

@@ -402,7 +402,7 @@ class Step:
         arrays = state.params | state.tables
         if self.adaptation is not None and self.adaptation.adapts and not self.adaptation.source_batches:
             arrays = self.adaptation.adapt(arrays, state.kept.arrays, None, None)
-        return self.functional.merge({p: a for p, a in arrays.items() if p in self.functional.paths}, state.rest)
+        return self.functional.merge(arrays, state.rest)
 
     def _adaptation(
         self, state: TrainState, inputs: Inputs, batch: Mapping[str, Any], compacted: Mapping[str, tables.Compact], key

@@ -122,7 +122,7 @@ def on_base(model: MultiTaskModel, artefact: Artefact, base: Artefact) -> MultiT
     functional = parts.step.functional
     step, state = _step(functional.merge(filled), adaptation, schema, loading.origin)
     state = state._replace(params={path: jnp.asarray(artefact.arrays[path]) for path in state.params})
-    return functional.merge(functional.own(step.evaluated(state)))
+    return functional.merge(step.evaluated(state))
 
 
 def check_tuning(adaptation: Adaptation, loading: Loading, schema: Schema) -> None:

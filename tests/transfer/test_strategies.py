@@ -223,7 +223,8 @@ def test_what_moves_is_what_is_declared_and_the_rest_stays_to_the_last_bit(built
         state, _ = built.run(state, batches(built.case.batches, built.case.tasks))
     trained = built.start.params, state.params
     assert trained[0].keys() == built.case.trained == changed(*trained)
-    assert changed(built.step.evaluated(built.start), built.step.evaluated(state)) == built.case.moved
+    deployed = [built.step.functional.own(built.step.evaluated(one)) for one in (built.start, state)]
+    assert changed(*deployed) == built.case.moved
     assert changed(built.start.rest, state.rest) == set()
     jax.tree.map(np.testing.assert_array_equal, state.kept, built.start.kept)
 
@@ -244,7 +245,7 @@ def test_a_batch_of_padding_or_without_labels_is_finite(built, batches):
 def test_the_deployed_model_is_an_ordinary_one_and_at_first_the_one_that_was_loaded(name, begun, arrays_of, make_batch):
     case = CASES[name]
     model, step, state = begun(case)
-    loaded, deployed = arrays_of(model), step.evaluated(state)
+    loaded, deployed = arrays_of(model), step.functional.own(step.evaluated(state))
     assert deployed.keys() == loaded.keys() | case.added
     assert changed(loaded, {path: deployed[path] for path in loaded}) == (
         set() if case.same_at_first else case.moved - _out_of_scope(case)

@@ -13,9 +13,11 @@ import pytest
 from rich.console import Console
 
 import mtl_jax.handover
+from mtl_jax import metrics
 from mtl_jax.ablate import _of_setup, run_arm
 from mtl_jax.config import plain
 from mtl_jax.data.batching import as_batch
+from mtl_jax.data.encode import encode
 from mtl_jax.errors import ConfigError, Interrupted, TrainingError
 from mtl_jax.handover import hand_over, trained_source
 from mtl_jax.job import Shared, name_of
@@ -25,8 +27,9 @@ from mtl_jax.report.record import validate
 from mtl_jax.run import run
 from mtl_jax.run_config import build_model, check_config
 from mtl_jax.source import check_transfer, in_order, source_config
+from mtl_jax.train.predict import outputs_of
 from mtl_jax.train.state import Functional
-from mtl_jax.transfer import Artefact
+from mtl_jax.transfer import Artefact, on_base
 
 SMALL = (
     "data=table", "data.tasks={buy: binary, spend: regression}", "data.domain=area", "data.categorical=[item]",
@@ -284,6 +287,35 @@ def test_a_pooled_run_has_no_artefact_and_a_slice_of_the_source(ran):
 
 def test_without_a_target_nothing_is_handed_over(compose, shared):
     assert hand_over(compose("source=null", "target=null", "transfer=scratch"), shared) is None
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter"])
+def test_a_run_leaves_what_it_tuned_for_the_artefact_of_its_source(name, ran, compose, shared, outputs):
+    """Its record has hash and size, and base and tuning predict what the run was judged by."""
+    record, folder = ran(SCARCE, f"transfer={name}", "tuning_artefact=true")
+    base, artefact = Artefact.read(only(outputs, "source/*/artefact")), Artefact.read(folder / "tuning")
+    *_, moved, trained = record["stages"]
+    assert artefact.tuning.base == moved["parent_hash"] == base.hash and trained["artefact_hash"] == artefact.hash
+    assert trained["artefact_numbers"] == {"tuning": artefact.num_numbers, "base": base.num_numbers}
+    assert artefact.facts == {"run_id": record["run_id"], "seed": 0}
+    new = "tables/area/rows"
+    assert artefact.arrays[new].shape == (1, 4), "the one area that the source never saw"
+    assert not {
+        path for path in artefact.arrays if path.endswith("/kernel") and path in base.arrays and "task" not in path
+    }
+    config = compose(SCARCE, f"transfer={name}", "seed=7", output_dir=outputs)
+    own = shared.dataset(config)
+    dataset = shared.continuation(own, shared.dataset(source_config(config, ["north"])))
+    model = on_base(build_model(config, dataset), artefact, base)
+    rows = encode(own.part("valid"), dataset.schema)
+    values, _ = metrics.evaluate(dataset.schema.tasks, outputs_of(model, rows), rows)
+    assert values == record["metrics"]["valid"]
+
+
+def test_a_run_that_changes_everything_is_not_trained_for_what_it_tunes(copied, compose, shared):
+    with pytest.raises(ConfigError, match="transfer 'FineTune' leaves nothing of its source as it was"):
+        hand_over(compose("tuning_artefact=true", output_dir=copied), shared)
+    assert hand_over(compose("tuning_artefact=true", "transfer=scratch", output_dir=copied), shared).base is None
 
 
 # --- names of runs ----------------------------------------------------------------------------------------------------
@@ -639,6 +671,7 @@ def test_a_mistake_in_loading_is_a_message(copied, compose, shared, options, mes
         (["folds=3"], "target with folds; expected null"),
         (["folds=3", "target=null", "transfer=mldg"], "transfer 'MLDG' with folds; expected null"),
         (["transfer._target_=mtl_jax.transfer.load"], "transfer"),
+        (["tuning_artefact=3"], "tuning_artefact is 3; expected true or false"),
         (["trainer.epoch_steps=0"], "trainer.epoch_steps is 0; expected a whole number from 1"),
     ],
 )

@@ -9,7 +9,7 @@ from mtl_jax.arguments import check_count, check_number
 from mtl_jax.balancing.base import register
 from mtl_jax.errors import ConfigError
 from mtl_jax.model import label
-from mtl_jax.train.adaptation import Adaptation, Episodes, Params, RowsLoss
+from mtl_jax.train.adaptation import AUX, Adaptation, Episodes, Params, RowsLoss
 
 KINDS = ("embedding", "shared", "task")
 """Labels that a gradient step inside of a step may move."""
@@ -89,7 +89,7 @@ class FromSupport(OverDomains):
 
 def of_model(params: Params) -> Params:
     """The parameters that are the model's own."""
-    return {path: array for path, array in params.items() if not path.startswith("aux/")}
+    return {path: array for path, array in params.items() if not path.startswith(AUX)}
 
 
 def in_scope(params: Params, scope: tuple[str, ...]) -> dict[str, bool]:

@@ -1,6 +1,5 @@
 """The gradient-based transfer update: parameters of the source, moved along a gradient, are those of the target."""
 
-import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -14,8 +13,6 @@ from mtl_jax.arguments import check_count, shown
 from mtl_jax.errors import ConfigError
 from mtl_jax.train.parallel import mean
 
-UNROLLED = 8
-"""Steps that are written out; a loop over more of them is one of blocks."""
 MODES = ("update", "constrained", "first_order", "joint", "implicit")
 Loss = Callable[..., Float[Array, ""]]
 
@@ -89,9 +86,9 @@ def gradient_update(
         if num_steps == 1:
             first = None if batches is None else jax.tree.map(lambda leaf: leaf[0], batches)
             return rebuild(step(moved, fixed, rebuild, first), fixed)
-        again = jax.checkpoint(lambda moved, batch: step(moved, fixed, rebuild, batch))
-        scan = functools.partial(jax.lax.scan, length=num_steps, unroll=min(num_steps, UNROLLED) or 1)
-        moved, _ = scan(lambda moved, batch: (again(moved, batch), None), moved, batches)
+        # A loop: of steps that are written out XLA on CPU keeps what is recomputed, as it was computed before.
+        again = jax.checkpoint(lambda moved, batch: step(moved, fixed, rebuild, batch), prevent_cse=False)
+        moved, _ = jax.lax.scan(lambda moved, batch: (again(moved, batch), None), moved, batches, length=num_steps)
         return rebuild(moved, fixed)
 
     return update

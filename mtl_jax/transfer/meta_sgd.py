@@ -44,12 +44,10 @@ class MetaSGD(FromSupport):
         rates = {path: params[f"{RATE}/{path}"] for path in of_model(params) if f"{RATE}/{path}" in params}
         fixed = {path: array for path, array in of_model(params).items() if path not in rates}
 
-        @jax.checkpoint
-        def step(moved):
+        def step(moved, _):
             gradient = mean(jax.grad(lambda moved: loss(fixed | moved))(moved), loss.axis)
-            return {path: array - rates[path] * gradient[path] for path, array in moved.items()}
+            return {path: array - rates[path] * gradient[path] for path, array in moved.items()}, None
 
-        moved = {path: params[path] for path in rates}
-        for _ in range(self.num_steps):
-            moved = step(moved)
+        again = jax.checkpoint(step, prevent_cse=False)
+        moved, _ = jax.lax.scan(again, {path: params[path] for path in rates}, length=self.num_steps)
         return fixed | moved

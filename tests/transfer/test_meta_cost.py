@@ -8,7 +8,8 @@ import pytest
 from written_out import inside, loss
 
 from mtl_jax.train import Optimizer
-from mtl_jax.transfer import MAML, gradient
+from mtl_jax.train.adaptation import RowsLoss
+from mtl_jax.transfer import MAML
 
 LABELS = ("embedding", "shared", "task")
 SCOPES = {"all": LABELS, "towers": ("task",)}
@@ -115,7 +116,7 @@ def test_what_is_stored_for_the_way_back_grows_by_the_moved_parameters_alone(sco
         _, state, _ = build(strategy, 16, units=UNITS)
 
         def pull(params, rows):
-            return jax.vjp(lambda params: strategy.adapt_to_domains(params, {}, loss, rows), params)[1]
+            return jax.vjp(lambda params: strategy.adapt_to_domains(params, {}, RowsLoss(loss), rows), params)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(pull, state.params | state.tables, rows))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), copy_of(state, scope)
@@ -125,12 +126,8 @@ def test_what_is_stored_for_the_way_back_grows_by_the_moved_parameters_alone(sco
     assert one - two > ACTIVATION > 40 * each
 
 
-def test_a_compiled_step_needs_no_more_memory_with_more_inner_steps_in_a_loop(build, monkeypatch):
-    """A copy a step, and a twentieth of an activation. One step, which is not recomputed, needs more than five.
-
-    Of steps that are written out XLA's CPU compiler does not keep what is recomputed apart from what was computed first.
-    """
-    monkeypatch.setattr(gradient, "UNROLLED", 1)
+def test_a_compiled_step_needs_no_more_memory_with_more_inner_steps(build):
+    """A copy a step, and a twentieth of an activation. One step, which is not recomputed, needs more than five."""
 
     def needed(num_steps):
         strategy = MAML(DOMAINS, ETA, num_steps=num_steps)

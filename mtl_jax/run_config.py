@@ -17,9 +17,9 @@ from mtl_jax.model import MultiTaskModel, is_table
 from mtl_jax.sharing import Link, Strategy, match_parameters
 from mtl_jax.source import check_transfer
 from mtl_jax.train import BalancingOptions, Objective, Optimizer, fit
+from mtl_jax.train.checks import check_numerics
 from mtl_jax.train.parallel import Devices
 from mtl_jax.train.stages import check_training
-from mtl_jax.train.step import check_numerics
 from mtl_jax.watch import OPTIONS as WATCH_KEYS
 from mtl_jax.watch import check_options
 

@@ -23,6 +23,7 @@ from mtl_jax.nn import stream
 from mtl_jax.train import tables
 from mtl_jax.train.adaptation import Adaptation, Origin
 from mtl_jax.train.checkpoint import Checkpoints
+from mtl_jax.train.checks import check_adaptation
 from mtl_jax.train.gradients import BalancingOptions
 from mtl_jax.train.monitor import check_monitor
 from mtl_jax.train.objective import Objective, label_weights
@@ -33,7 +34,7 @@ from mtl_jax.train.progress import Observer, Quiet
 from mtl_jax.train.result import Position, Result
 from mtl_jax.train.stages import Stage, stages_of
 from mtl_jax.train.state import Functional, Params, TrainState, count_parameters, shapes_of
-from mtl_jax.train.step import Step, check_adaptation
+from mtl_jax.train.step import Step
 
 DEPLOYED, STUDIED = 2**31, 2**31 + 1
 """Numbers of the streams that batches for deployment and for a study are drawn from, which no epoch has."""

@@ -1,6 +1,8 @@
 """Options and markers of the whole suite."""
 
 import os
+import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,15 @@ from mtl_jax.data import fetch, sources
 
 LARGE = ("inst_eval",)
 """Data that the slow suite fetches, and the fast one does not ask for."""
+XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+"""Half of what building a small program costs is saved by these. XLA ends a process over a flag that it does not know:
+where a release has dropped one, delete it here."""
+JAX = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_persistent_cache_enable_xla_caches": "none",
+}
 
 
 def pytest_addoption(parser):
@@ -20,10 +31,18 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Fetches once, before tests are handed to several processes.
 
-    Programs run once or twice here: what counts is that they are quick to build, in processes that tests start, too.
+    Programs run once or twice here: what counts is that they are quick to build, and that processes, those that tests
+    start, too, build each of them once: they share a folder of compiled programs, which ends with the session.
     """
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+    os.environ.setdefault("XLA_FLAGS", XLA)
+    options = dict(JAX)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        options["jax_compilation_cache_dir"] = folder = tempfile.mkdtemp(prefix="mtl_jax_programs_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, value in options.items():
+        if name.upper() not in os.environ:  # else JAX has read it
+            os.environ[name.upper()] = str(value)
+            jax.config.update(name, value)
     if config.getoption("--download-data") and not hasattr(config, "workerinput"):
         for name in sources.datasets():
             if name not in LARGE or config.option.markexpr != "not slow":

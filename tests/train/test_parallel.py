@@ -21,7 +21,7 @@ def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("devices")
     run = subprocess.run(
         [sys.executable, PROGRAM, path / "outcomes.npz", request.param],
-        env=os.environ | {"XLA_FLAGS": FLAGS}, capture_output=True, text=True,
+        env=os.environ | {"XLA_FLAGS": f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return path

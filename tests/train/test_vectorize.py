@@ -254,7 +254,7 @@ def test_the_run_axis_shards_over_devices(tmp_path):
     And with one data order for all: those of runs whose steps the devices share.
     """
     out = tmp_path / "outcomes.npz"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"}
     run = subprocess.run([sys.executable, DEVICES_PROGRAM, out], env=os.environ | flags, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     stops = json.loads(out.with_suffix(".json").read_text())

@@ -560,7 +560,7 @@ def train_on_devices(path):
 @pytest.mark.slow
 def test_four_devices_train_what_one_does(tmp_path):
     """Rows of target and source lie on all of them, and the parameters on each."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"}
     command = [sys.executable, __file__, tmp_path]
     run = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

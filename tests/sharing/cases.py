@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import references
@@ -329,7 +330,7 @@ def make(case, tasks=TASKS, seed=0):
     for path, variable in nnx.to_flat_state(nnx.state(strategy, nnx.Param)):
         drawn = 0.6 * generator.standard_normal(variable.shape)
         drawn = 1 + 0.5 * drawn if path[-1] == "scale" else drawn
-        variable[...] = jnp.asarray(drawn, jnp.float32)
+        variable[...] = jax.device_put(drawn.astype(np.float32))
     draw_states(strategy, generator)
     return strategy
 
@@ -349,7 +350,7 @@ def draw_states(strategy, generator: np.random.Generator) -> None:
                 drawn = 1.25
             case "epoch":
                 drawn = 3.0
-        variable[...] = jnp.asarray(drawn, variable.dtype)
+        variable[...] = jax.device_put(np.asarray(drawn, variable.dtype))
 
 
 def context(number=5, seed=2) -> Context:

@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 
 from mtl_jax.model import label
-from mtl_jax.nn import State
 from mtl_jax.sharing import CGC, PLE, Context, MMoE, SharedBottom, SingleTask
 from mtl_jax.train.cut_model import CutModel
 from mtl_jax.train.gradients import TaskGradients, weighted_sum
@@ -49,8 +48,12 @@ def output_sum(outputs, task):
 def run(strategy, x, order=slice(None)):
     """All outputs for some of the first rows, in one compiled program."""
     context = cases.context(len(x))
-    context = context._replace(domain=context.domain[order], prior=context.prior[order])
-    return jax.jit(lambda x: strategy(x, context))(x[order])
+
+    @jax.jit
+    def outputs(x):
+        return strategy(x, context._replace(domain=context.domain[order], prior=context.prior[order]))
+
+    return outputs(x[order])
 
 
 def flat(strategy):
@@ -67,8 +70,8 @@ def test_equals_its_reference(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         strategy = make(name)
         params, build = flat(strategy)
-        params = {path: jnp.asarray(array, dtype) for path, array in params.items()}
-        outputs = jax.jit(lambda params, x: build(params)(x, CONTEXT))(params, jnp.asarray(x, dtype))
+        params = {path: np.asarray(array, dtype) for path, array in params.items()}
+        outputs = jax.jit(lambda params, x: build(params)(x, CONTEXT))(params, np.asarray(x, dtype))
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 1e-10, "atol": 1e-10}
         for task, expected in CASES[name].expected(strategy, x).items():
             np.testing.assert_allclose(outputs[task], expected, **tolerance)
@@ -88,7 +91,7 @@ def test_equals_its_reference_for_other_tasks(name, tasks):
 def test_shapes_and_bfloat16(name):
     strategy, x = make(name), cases.rows()
     params, build = flat(strategy)
-    narrow = build({path: array.astype(jnp.bfloat16) for path, array in params.items()})
+    narrow = build({path: jax.device_put(np.asarray(array, jnp.bfloat16)) for path, array in params.items()})
     exactly = run(strategy, x)
     for task, z in run(narrow, x).items():
         exact = np.asarray(exactly[task])
@@ -107,7 +110,7 @@ def test_labels_are_what_gradients_say(name):
         outputs = build(p)(x, context)
         return jnp.stack([output_sum(outputs, task) for task in TASKS])
 
-    squares = jax.jit(jax.jacrev(squared))(params)
+    squares = jax.device_get(jax.jit(jax.jacrev(squared))(params))
     reached = {path: {t for t, g in zip(TASKS, squares[path], strict=True) if np.abs(g).max() > 0} for path in params}
     assert all(reached.values()), [path for path, tasks in reached.items() if not tasks]
     owners = {path: label(path).removeprefix("task/") for path in params if label(path).startswith("task/")}
@@ -121,7 +124,9 @@ def test_common_reads_nothing_of_a_task_and_heads_nothing_shared(name):
     params, build = flat(strategy)
 
     def without(keep):
-        return build({path: array if keep(label(path)) else jnp.nan * array for path, array in params.items()})
+        return build(
+            {path: array if keep(label(path)) else np.nan * np.asarray(array) for path, array in params.items()}
+        )
 
     outputs, common = run(strategy, x), jax.jit(lambda x: strategy.common(x, CONTEXT))(x)
     if "detached" not in name:  # which reads other tasks' representations, without a gradient
@@ -165,7 +170,7 @@ def test_the_cut_is_complete(name):
         return sum(weight * output_sum(outputs, task) for weight, task in zip(weights, TASKS, strict=True))
 
     with jax.enable_x64(True):
-        params = {path: jnp.asarray(array, jnp.float64) for path, array in params.items()}
+        params = {path: np.asarray(array, np.float64) for path, array in params.items()}
         found = jax.jit(in_two_parts)(params)
         for path, expected in jax.jit(jax.grad(whole))(params).items():
             np.testing.assert_allclose(found[path], expected, rtol=1e-9, atol=1e-9, err_msg=path)
@@ -191,7 +196,7 @@ def test_one_trace_for_all_runs_side_by_side(name):
         traced.append(1)
         return build(params)(x, CONTEXT)
 
-    both = {path: jnp.stack([first[path], second[path]]) for path in first}
+    both = {path: np.stack([first[path], second[path]]) for path in first}
     together = jax.jit(jax.vmap(lambda params: build(params)(x, CONTEXT)))(both)
     for index, params in enumerate((first, second)):
         alone = outputs(params, x)
@@ -259,11 +264,11 @@ def test_dropout_is_random_in_training_only(name):
     module, x = make_one(cases.WIDTH, TASKS, rngs=nnx.Rngs(0)), cases.rows(number=32)
     task = TASKS[1]
     context = cases.context(len(x))
-    states = jax.tree.map(jnp.copy, nnx.state(module, State))  # which training moves
 
+    @functools.partial(jax.jit, static_argnames="train")
     def outputs(train=False, seed=None):
-        nnx.update(module, states)
-        return module(x, context._replace(train=train, rngs=None if seed is None else jax.random.key(seed)))[task]
+        one = nnx.clone(module)  # because training moves states
+        return one(x, context._replace(train=train, rngs=None if seed is None else jax.random.key(seed)))[task]
 
     one, two = outputs(train=True, seed=0), outputs(train=True, seed=1)
     assert not np.allclose(one, two)

@@ -361,9 +361,12 @@ def test_runs_that_wait_hold_no_lock_and_no_model(shared, tmp_path, monkeypatch)
         return False
 
     monkeypatch.setattr(mtl_jax.ablate, "build_model", built)
-    run_arm(
-        compose("seeds=4", "trainer.epochs=1", "trainer.steps_per_call=3"), tmp_path, shared=shared, should_stop=look
-    )
+    arm = compose("seeds=4", "trainer.epochs=1", "trainer.steps_per_call=3")
+    gc.freeze()  # what other tests left is a lot to go through at every look
+    try:
+        run_arm(arm, tmp_path, shared=shared, should_stop=look)
+    finally:
+        gc.unfreeze()
     assert set(locks) == {1} and max(alive) <= 2 and states(tmp_path) == 4 * ["completed"]
 
 

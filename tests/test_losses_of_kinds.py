@@ -42,9 +42,11 @@ WORKED = [
 @pytest.mark.parametrize(("loss", "output", "label", "expected"), WORKED)
 def test_worked_values(loss, output, label, expected):
     """To 1e-6 in float32; in float64 as far as the values are printed."""
-    np.testing.assert_allclose(loss(jnp.array([output]), jnp.array([label])), [expected], rtol=1e-6, atol=1e-7)
+    compiled = jax.jit(loss)
+    found = compiled(np.float32([output]), np.array([label]))
+    np.testing.assert_allclose(found, [expected], rtol=1e-6, atol=1e-7)
     with jax.enable_x64(True):
-        value = loss(jnp.array([output], jnp.float64), jnp.array([label]))
+        value = compiled(np.float64([output]), np.array([label]))
     assert value.dtype == jnp.float64
     np.testing.assert_allclose(value, [expected], rtol=1e-8, atol=1e-8)
 
@@ -99,6 +101,12 @@ def test_values_and_gradients_in_float64(name, assert_loss_matches):
     assert_loss_matches(loss, reference, outputs, labels)
 
 
+def both(loss, outputs, labels):
+    """Values, and the gradient of their sum."""
+    values, pull = jax.vjp(lambda a: loss(a, labels), outputs)
+    return values, pull(jnp.ones_like(values))[0]
+
+
 @pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("label", [0, 1, 3])
 def test_finite_in_float32_far_out(name, label):
@@ -112,8 +120,8 @@ def test_finite_in_float32_far_out(name, label):
         outputs = jnp.stack([points, 0 * points], axis=1)
     elif width:
         outputs = jnp.stack([jnp.roll(points, shift) for shift in range(width)], axis=1)
-    values, pull = jax.vjp(lambda a: loss(a, jnp.full(6, label)), outputs)
-    assert np.isfinite(values).all() and np.isfinite(pull(jnp.ones_like(values))[0]).all()
+    values, gradient = jax.jit(lambda a: both(loss, a, jnp.full(6, label)))(outputs)
+    assert np.isfinite(values).all() and np.isfinite(gradient).all()
     assert float(values.max()) > 6e3
 
 
@@ -193,11 +201,16 @@ def test_what_stands_under_the_mask_changes_nothing(name):
     """NaN (or -1 for class ids) under the mask: value and gradient are 0, and the other rows are the plain loss."""
     task, outputs, hidden = TASKS[name]
     outputs, mask = jnp.array(outputs), jnp.array([True, False, True])
-    value, pull = jax.vjp(lambda a: losses.element_losses(task, a, jnp.array([1, hidden, 2]), mask), outputs)
     plain = getattr(losses, name)
-    expected, plain_pull = jax.vjp(lambda a: plain(a, jnp.array([1, 1, 2])) * mask, outputs)
+
+    @jax.jit
+    def masked_and_plain(outputs):
+        masked = both(lambda a, y: losses.element_losses(task, a, y, mask), outputs, jnp.array([1, hidden, 2]))
+        return masked, both(lambda a, y: plain(a, y) * mask, outputs, jnp.array([1, 1, 2]))
+
+    (value, gradient), (expected, expected_gradient) = masked_and_plain(outputs)
     np.testing.assert_array_equal(value, expected)
-    np.testing.assert_array_equal(pull(jnp.ones(3))[0], plain_pull(jnp.ones(3))[0])
+    np.testing.assert_array_equal(gradient, expected_gradient)
     assert value.dtype == jnp.float32 and (np.abs(value[np.array([0, 2])]) > 0).all()
 
 

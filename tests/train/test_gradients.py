@@ -245,7 +245,8 @@ def test_entry_wise_methods(world, balancer, sharing, without, options):
     balanced = here.balanced(balancer, **options)
     inside = scope_template(here.params, options["scope"])
     rows = {path: here.jacobian[path] for path in inside}
-    direction, state = balancer.combine(rows, here.losses, balancer.init(3, inside), KEY, active=here.active)
+    combine = jax.jit(balancer.combine)
+    direction, state = combine(rows, here.losses, balancer.init(3, inside), KEY, active=here.active)
     weights = jnp.where(here.active, balancer.weights_outside(here.losses, state), 0)
     assert any(label(path) == "embedding" for path in here.params)
     assert_equal(balanced.gradients, here.expected(weights, weighted_heads=False) | direction)
@@ -382,16 +383,20 @@ def test_one_mask_for_all_rows_of_a_unit(leak, transposed):
 
             return loss
 
-        balanced = balanced_gradients(
-            common,
-            {f"t{number}": head(number) for number in range(3)},
-            {"shared/kernel": jnp.asarray(kernel)},
-            parts={"x": jnp.asarray(x)[:, None]},
-            balancer=graddrop(leak=leak),
-            state=graddrop(leak=leak).init(3),
-            key=KEY,
-            options=BalancingOptions(scope="representation"),
-        )
+        @jax.jit
+        def run(kernel):
+            return balanced_gradients(
+                common,
+                {f"t{number}": head(number) for number in range(3)},
+                {"shared/kernel": kernel},
+                parts={"x": jnp.asarray(x)[:, None]},
+                balancer=graddrop(leak=leak),
+                state=graddrop(leak=leak).init(3),
+                key=KEY,
+                options=BalancingOptions(scope="representation"),
+            )
+
+        balanced = run(kernel)
         z = x @ kernel
         rows = slopes[:, None] * (1 - np.tanh(z) ** 2) / 6
         sums = np.sum(np.sign(z) * rows, axis=1)

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
@@ -33,7 +32,7 @@ def make(name):
     module = EVERY[name](WIDTH, LENGTH, rngs=nnx.Rngs(0))
     leaves, structure = jax.tree.flatten(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
     generator = np.random.default_rng(1)
-    drawn = [(0.7 * generator.standard_normal(leaf.shape)).astype(np.float32) for leaf in leaves]
+    drawn = [jax.device_put(np.float32(0.7 * generator.standard_normal(leaf.shape))) for leaf in leaves]
     nnx.update(module, jax.tree.unflatten(structure, drawn))
     return module
 
@@ -116,7 +115,7 @@ def transformer(module, items, target):
 def test_equals_its_loop(name, left):
     module = make(name)
     items, mask, real, target = histories(left)
-    found = module(items, mask, target)
+    found = jax.device_get(jax.jit(lambda *arrays: module(*arrays))(items, mask, target))
     reference = globals()[name.split(",")[0]]
     for row, own in enumerate(real):
         expected = reference(module, own, target[row].astype(np.float64)) if len(own) else np.zeros(WIDTH)
@@ -127,11 +126,15 @@ def test_equals_its_loop(name, left):
 def test_padding_gets_no_gradient_and_an_empty_history_a_finite_one(name):
     module = make(name)
     items, mask, _, target = histories(left=False)
-    gradient = jax.grad(lambda items: (module(items, mask, target) ** 2).sum())(jnp.asarray(items))
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradients(items, state):
+        return (nnx.merge(graph, state)(items, mask, target) ** 2).sum()
+
+    gradient, own = gradients(items, state)
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[mask == 0].any()
-    own = jax.grad(lambda state: (nnx.merge(nnx.split(module)[0], state)(items, mask, target) ** 2).sum())(
-        nnx.state(module)
-    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(own))
 
 

@@ -33,7 +33,8 @@ def drawn(make, tasks=TASKS, seed=0):
     for path, variable in nnx.to_flat_state(nnx.state(strategy, (nnx.Param, State))):
         values = 0.6 * generator.standard_normal(variable.shape)
         values = 1 + 0.5 * values if path[-1] == "scale" else np.ones_like(values) if path[-1] == "seen" else values
-        variable[...] = jnp.asarray(0.5 + np.abs(values) if path[-1] == "variance" else values, jnp.float32)
+        values = 0.5 + np.abs(values) if path[-1] == "variance" else values
+        variable[...] = jax.device_put(np.float32(values))
     return strategy
 
 

@@ -32,7 +32,7 @@ def drawn(module, seed=0):
     """The module with all parameters and states drawn."""
     generator = np.random.default_rng(seed)
     for _, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        variable[...] = jnp.asarray(0.6 * generator.standard_normal(variable.shape), variable.dtype)
+        variable[...] = jax.device_put(np.asarray(0.6 * generator.standard_normal(variable.shape), variable.dtype))
     cases.cases.draw_states(module, generator)
     return module
 
@@ -202,12 +202,12 @@ def test_training_runs_side_by_side(name):
     """A leading run axis of parameters and states is a loop over runs, what training leaves behind included."""
     function, *first = pure(make(name))
     _, *second = pure(make(name, seed=4))
-    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+    both = jax.tree.map(lambda *leaves: np.stack(leaves), first, second)
     together = jax.jit(jax.vmap(function, in_axes=(None, None, None, 0, 0)))
     found = together(X, DOMAIN, WEIGHT, *both)
     for run, arrays in enumerate((first, second)):
         close(
-            jax.tree.map(lambda leaf, run=run: leaf[run], found),
+            jax.tree.map(lambda leaf, run=run: np.asarray(leaf)[run], found),
             _compiled(*function.args, X, DOMAIN, WEIGHT, *arrays),
             2e-5,
         )

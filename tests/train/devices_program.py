@@ -33,7 +33,6 @@ from mtl_jax.transfer import (
     IMAML,
     MAML,
     MLDG,
-    CoTuning,
     Delta,
     Distill,
     FeatureDistill,
@@ -99,7 +98,7 @@ def cases(wanted):
         for strategy in (first_order, joint, implicit):
             yield f"mode {strategy.mode}", {"balancer": pcgrad(), "adaptation": strategy}
         over_domains = (MLDG(3, step_size=0.1), MetaSGD(3), IMAML(3, step_size=0.1), MAML(3, first_order=True))
-        for strategy in (*over_domains, BSS(weight=0.1), Distill(), LwF(), Delta(weight=0.1), CoTuning()):
+        for strategy in (*over_domains, BSS(weight=0.1), Distill(), LwF(), Delta(weight=0.1)):
             origin = dict.fromkeys(Functional.of(model_of(MMoE))[1], True)
             yield f"{strategy}", {"balancer": pcgrad(), "adaptation": strategy, "origin": origin}
         yield "Reptile", {"balancer": equal(), "adaptation": Reptile(2, num_steps=3, step_size=0.05)}

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 import jax
@@ -13,9 +15,8 @@ from mtl_jax.data import fetch, sources
 
 LARGE = ("inst_eval",)
 """Data that the slow suite fetches, and the fast one does not ask for."""
-XLA = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-"""Half of what building a small program costs is saved by these. XLA ends a process over a flag that it does not know:
-where a release has dropped one, delete it here."""
+XLA = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+"""Half of what building a small program costs is saved by these, in releases that know them."""
 JAX = {
     "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0,
@@ -34,7 +35,8 @@ def pytest_configure(config):
     Programs run once or twice here: what counts is that they are quick to build, and that processes, those that tests
     start, too, build each of them once: they share a folder of compiled programs, which ends with the session.
     """
-    os.environ.setdefault("XLA_FLAGS", XLA)
+    if "XLA_FLAGS" not in os.environ:
+        os.environ["XLA_FLAGS"] = " ".join(filter(_is_known, XLA))
     options = dict(JAX)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         options["jax_compilation_cache_dir"] = folder = tempfile.mkdtemp(prefix="mtl_jax_programs_")
@@ -47,6 +49,12 @@ def pytest_configure(config):
         for name in sources.datasets():
             if name not in LARGE or config.option.markexpr != "not slow":
                 fetch.fetch(sources.source_of(name))
+
+
+def _is_known(flag: str) -> bool:
+    """Asked in a process of its own, which XLA ends over a flag that it does not know."""
+    program = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
+    return subprocess.run(program, env=os.environ | {"XLA_FLAGS": flag}, capture_output=True).returncode == 0
 
 
 def pytest_collection_modifyitems(items):

@@ -64,7 +64,7 @@ class Checkpoints:
         try:
             check_room(self.path, arrays)
             partial.mkdir()
-            write_arrays(partial / "state", arrays)
+            write_arrays(partial / "state", _filled(arrays))
             write_json(partial / "progress.json", progress)
             kept = best if best is None or best == step or self._folder(best).exists() else None
             write_manifest(partial, {"arrays": _describe(arrays), "best": kept, "identity": self.identity})
@@ -134,7 +134,7 @@ class Checkpoints:
         if differences:
             raise _another_run(folder, differences)
         try:
-            restored = read_arrays(folder / "state", arrays)
+            restored = arrays | read_arrays(folder / "state", _filled(arrays))
         except Exception as error:  # whatever the storage layers raise about a file that is as it was written
             raise damaged(folder, f"its arrays cannot be restored ({type(error).__name__}: {error})") from error
         return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in arrays]), progress
@@ -190,6 +190,11 @@ def _flat(state: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves of the state are called '{name}'")
         leaves[name] = leaf
     return leaves
+
+
+def _filled(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Those with an entry at least: the storage has no place for the others, such as the numeric features of rows without."""
+    return {name: array for name, array in arrays.items() if array.size}
 
 
 def _describe(arrays: Mapping[str, Any]) -> dict[str, str]:

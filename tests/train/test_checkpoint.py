@@ -78,6 +78,18 @@ def test_round_trip(tmp_path, state):
     assert jax.tree.map(lambda leaf: leaf.dtype, plain[0]) == jax.tree.map(lambda leaf: leaf.dtype, plain[1])
 
 
+def test_arrays_without_an_entry_come_back_too(tmp_path):
+    """Such as the numeric features of rows that have none."""
+    state = {"dense": jnp.zeros((4, 0)), "ids": jnp.arange(4)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, PROGRESS, best=None)
+    found, _ = checkpoints.latest(jax.tree.map(jnp.zeros_like, state))
+    assert found["dense"].shape == (4, 0) and found["dense"].dtype == state["dense"].dtype
+    np.testing.assert_array_equal(found["ids"], state["ids"])
+    with pytest.raises(RunFolderError, match=r"dense is float32\[4,0\] there and float32\[3,0\] here"):
+        checkpoints.latest(state | {"dense": jnp.zeros((3, 0))})
+
+
 def test_without_any(tmp_path, state):
     assert Checkpoints(tmp_path / "new" / "folder").latest(state) is None
 

@@ -193,7 +193,7 @@ def _flat(state: Any) -> dict[str, Any]:
 
 
 def _filled(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Those with an entry at least: the storage has no place for the others, such as the numeric features of rows without."""
+    """Those with an entry: the storage has no place for others, such as the numeric features of rows that have none."""
     return {name: array for name, array in arrays.items() if array.size}
 
 
